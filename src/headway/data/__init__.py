@@ -1,0 +1,1 @@
+"""Text sources, tokenizer, packed token files and the order of training."""

@@ -1,0 +1,1 @@
+"""Optimizers: each a `torch.optim.Optimizer`."""
