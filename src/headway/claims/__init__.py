@@ -9,9 +9,11 @@ with a threshold that is fixed in the file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from headway.plots import Panel
 
 __all__ = ["Check", "Outcome", "Panel"]
 
@@ -35,18 +37,6 @@ class Check:
         if math.isnan(self.measured) or math.isnan(self.threshold):
             return False
         return self.measured <= self.threshold if self.relation == "<=" else self.measured >= self.threshold
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot: named curves of (x, y), to be drawn by whoever shows the outcome."""
-
-    title: str
-    x_label: str
-    y_label: str
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    log_x: bool = False
-    log_y: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""Checks a method's section against the constructor that it names, by really constructing it.
+
+The signature tells which keys exist and of which type they are; building the method on a toy
+parameter runs the constructor's own checks, so that nothing wrong survives until training starts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from headway.catalogue import get, nearest
+from headway.constraints import Constraint, Range
+
+if TYPE_CHECKING:
+    from headway.config.schema import MethodSection
+
+__all__ = ["MethodError", "build_optimizer", "build_schedule", "check_method"]
+
+# Arguments that the training loop supplies, or that a file cannot express.
+_RESERVED = {"self", "params", "param_groups", "model", "optimizer", "total_steps", "last_epoch", "generator"} | {
+    "process_group",
+    "named_parameters",
+}
+
+# torch's own optimizers state no constraints and name no argument in their messages.
+_COMMON: dict[str, Constraint] = {
+    "lr": Range(low=0, low_open=True),
+    "betas": Range(low=0, high=1, high_open=True, length=2),
+    "eps": Range(low=0),
+    "weight_decay": Range(low=0),
+    "momentum": Range(low=0),
+    "dampening": Range(),
+    "lr_decay": Range(low=0),
+    "initial_accumulator_value": Range(low=0),
+}
+
+
+class MethodError(ValueError):
+    """A method's section that its constructor does not accept."""
+
+
+def check_method(role: str, section: MethodSection, total_steps: int = 1) -> None:
+    """Raise `MethodError` unless the section's method exists and accepts the section's options."""
+    try:
+        cls = get(section.name, role).load()
+    except KeyError as error:
+        raise MethodError(f"{role}.name: {error.args[0]}") from error
+    except ImportError as error:
+        raise MethodError(f"{role}.name: {error}") from error
+    hints = _parameters(cls)
+    for key, value in section.options.items():
+        if key not in hints:
+            raise MethodError(f"unknown key '{role}.{key}' for {section.name}{nearest(key, hints)}")
+        constraint = getattr(cls, "constraints", _COMMON).get(key)
+        if constraint is not None and not constraint.accepts(_value(value)):
+            raise MethodError(f"{role}.{key} must be {constraint.describe()}, got {value!r}")
+        if not _fits(value, hints[key]):
+            raise MethodError(f"{role}.{key} must be {_name(hints[key])}, got {value!r}")
+
+    import torch
+
+    toy = torch.nn.Linear(2, 2)
+    try:
+        if role == "optimizer":
+            build_optimizer(section, toy)
+        else:
+            build_schedule(section, torch.optim.SGD(toy.parameters(), lr=1.0), total_steps)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise MethodError(f"{role} '{section.name}': {error}") from error
+
+
+def build_optimizer(section: MethodSection, model: Any) -> Any:
+    """The optimizer of a section for a model.
+
+    A class with a `for_model` constructor groups the parameters itself; for all others matrices get
+    the section's weight decay, and vectors and scalars (norms, biases) none.
+    """
+    cls = get(section.name, "optimizer").load()
+    options = {key: _value(value) for key, value in section.options.items()}
+    if hasattr(cls, "for_model"):
+        return cls.for_model(model, **options)
+    known = inspect.signature(cls).parameters
+    if "fused" in known and not ({"fused", "foreach", "differentiable"} & set(options)):
+        options["fused"] = True
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not options.get("weight_decay"):
+        return cls(parameters, **options)
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return cls([group for group in groups if group["params"]], **options)
+
+
+def build_schedule(section: MethodSection, optimizer: Any, total_steps: int) -> Any:
+    """The schedule of a section for an optimizer and a number of steps."""
+    cls = get(section.name, "schedule").load()
+    options = {key: _value(value) for key, value in section.options.items()}
+    known = inspect.signature(cls).parameters
+    offers: Mapping[str, Any] = {"total_steps": total_steps, "checkpoints": (total_steps,)}
+    for name, value in offers.items():
+        if name in known:
+            options.setdefault(name, value)
+    return cls(optimizer, **options)
+
+
+def _parameters(cls: type) -> dict[str, Any]:
+    """The constructor's keyword arguments that a file may set, with their type hints."""
+    found: dict[str, Any] = {}
+    for function in (cls.__init__, getattr(cls, "for_model", None)):
+        if function is None:
+            continue
+        try:
+            hints = typing.get_type_hints(function)
+        except (NameError, TypeError):
+            hints = {}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in _RESERVED and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(name, hints.get(name, Any))
+    found.pop("cls", None)
+    return found
+
+
+def _value(value: Any) -> Any:
+    """TOML's arrays as tuples, which is what constructors take for pairs and sequences."""
+    return tuple(_value(item) for item in value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    import pydantic
+
+    try:
+        adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True, strict=True))
+    except (pydantic.PydanticUserError, TypeError, NameError):
+        return True
+    for form in (_value(value), value):
+        try:
+            adapter.validate_python(form)
+        except pydantic.ValidationError:
+            continue
+        return True
+    return False
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")

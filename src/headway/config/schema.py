@@ -1,0 +1,196 @@
+"""The sections of a training configuration and their accepted values."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["SECTIONS", "Config", "MethodSection"]
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A table of the file: unknown keys are refused, values are not converted between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys a user may write."""
+        return [info.alias or name for name, info in cls.model_fields.items()]
+
+
+class MethodSection(Section):
+    """A method named by slug; the other keys go to its constructor.
+
+    `defaults` are the options of this program's own choice for the method that is named when the
+    user names none; a method that the user names starts from its constructor's defaults.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's keyword arguments."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        name = raw.get("name", next(iter(cls.defaults)))
+        chosen = cls.defaults.get(name, {}) if isinstance(name, str) else {}
+        return {"name": name, **chosen, **raw}
+
+
+class OptimizerSection(MethodSection):
+    """`[optimizer]`: any slug of role optimizer, or a baseline."""
+
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        # beta_2 = 0.95 and decay 0.1 are the usual choice for small causal language models.
+        "adamw": {"lr": 4e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
+    }
+
+
+class ScheduleSection(MethodSection):
+    """`[schedule]`: any slug of role schedule, or a baseline."""
+
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {"rex": {"warmup_steps": 20}}
+
+
+class DataSection(Section):
+    """`[data]`: where the text comes from and how it is cut."""
+
+    source: str = "stdlib"
+    text_field: str = "text"
+    tokenizer: str = "train"
+    vocab_size: Annotated[int, Field(ge=257, le=1_000_000)] = 2048
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    cache_dir: str = ""
+
+
+class ModelSection(Section):
+    """`[model]`: the sizes of a Llama, or `from` a local folder or hub id."""
+
+    from_: Annotated[str, Field(alias="from")] = ""
+    hidden_size: Count = 192
+    intermediate_size: Count = 512
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 4
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelSection:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"model.hidden_size must be an even multiple of model.heads ({self.heads}), got {self.hidden_size}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.kv_heads must divide model.heads ({self.heads}), got {self.kv_heads}")
+        return self
+
+
+class BatchSection(Section):
+    """`[batch]`: sequences per optimizer step over all workers, and per forward pass on one of them."""
+
+    size: Count = 8
+    micro_batch: CountOrZero = 0  # 0: the worker's whole share at once
+
+
+class TrainSection(Section):
+    """`[train]`: the loop itself."""
+
+    steps: Count = 400
+    seed: CountOrZero = 0
+    clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 0: no clipping
+    evaluate_every: CountOrZero = 100  # 0: only at the end
+    evaluate_batches: Count = 16
+    log_every: Count = 10
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: CountOrZero = 0  # 0: the machine's cores shared by the workers on it
+
+
+class CheckpointSection(Section):
+    """`[checkpoint]`: how often, how many are kept, and whether a failed save ends the run."""
+
+    every: CountOrZero = 100  # 0: only at the end and on interruption
+    keep: Count = 2
+    on_error: Literal["warn", "stop"] = "warn"
+
+
+class LaunchSection(Section):
+    """`[launch]`: processes on this machine, and restarts after a worker's crash."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 0
+
+
+class SampleSection(Section):
+    """`[sample]`: the text written at the end."""
+
+    prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    tokens: CountOrZero = 120
+    temperature: PositiveFloat = 0.8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tuple(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("prompts"), list):
+            return {**raw, "prompts": tuple(raw["prompts"])}
+        return raw
+
+
+class Config(Section):
+    """A whole training configuration."""
+
+    data: DataSection = Field(default_factory=DataSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection.model_validate({}))
+    schedule: ScheduleSection = Field(default_factory=lambda: ScheduleSection.model_validate({}))
+    batch: BatchSection = Field(default_factory=BatchSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    launch: LaunchSection = Field(default_factory=LaunchSection)
+    sample: SampleSection = Field(default_factory=SampleSection)
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Config:
+        share, rest = divmod(self.batch.size, self.launch.workers)
+        if rest:
+            raise ValueError(
+                f"batch.size must be a multiple of launch.workers ({self.launch.workers}), got {self.batch.size}"
+            )
+        if self.batch.micro_batch and share % self.batch.micro_batch:
+            raise ValueError(
+                f"batch.micro_batch must divide a worker's share of the batch ({share}), got {self.batch.micro_batch}"
+            )
+        if self.launch.workers > (os.cpu_count() or 1) * 8:
+            raise ValueError(f"launch.workers must be <= 8 per core of this machine, got {self.launch.workers}")
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; loading it gives an equal `Config`."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(by_alias=True, mode="python"))
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: info.annotation
+    for name, info in Config.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+}
