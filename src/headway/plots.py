@@ -44,6 +44,8 @@ INK, PAPER = "#20262e", "#ffffff"
 
 POINTS_PER_INCH = 72
 FONT_SIZE = 8.5
+# What the labels left of the axes take at most, in inches.
+LABELS_WIDTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def figure(panels: Sequence[Panel], *, width: float = 5.2, height: float = 3.2) 
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.05)
+        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.08)
         columns = min(2, len(panels))
         rows = math.ceil(len(panels) / columns)
         drawing = Figure(figsize=(width * columns, height * rows), layout=layout, facecolor="none")
@@ -183,8 +185,13 @@ def svg(panels: Sequence[Panel], prefix: str, *, width: float = 5.2, height: flo
         raise ValueError(f"prefix must be letters, digits, '-' and '_', beginning with a letter, got {prefix!r}")
     drawing = figure(panels, width=width, height=height)
     with _settings():
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+        # `savefig` would draw everything twice, once for the layout alone.
+        drawing.get_layout_engine().execute(drawing)  # type: ignore[union-attr]
+        drawing.set_layout_engine("none")
         text = io.StringIO()
-        drawing.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        FigureCanvasSVG(drawing).print_svg(text, metadata={"Date": None})
     label = label or ", ".join(panel.title or panel.y_label for panel in panels)
     return _inline(text.getvalue(), drawing, panels, prefix, label)
 
@@ -276,6 +283,7 @@ def _settings() -> Iterator[None]:
         "font.size": FONT_SIZE,
         "text.parse_math": False,
         "text.color": INK,
+        "path.simplify": False,
         "svg.fonttype": "none",
         "svg.hashsalt": "headway",
         "axes.axisbelow": True,
@@ -353,15 +361,22 @@ def _scale(
     from_zero: bool = False,
 ) -> tuple[float, float]:
     """Give an axis its ticks, labelled in one form; the limits that the values need."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = float(values.min()), float(values.max())
     if logarithmic:
         decades = math.log10(high / low)
-        subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0,)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=12 if decades < 1.5 else 8))
-        axis.set_minor_formatter(NullFormatter())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        if decades > 0 and high < 10_000 and (np.log2(values) % 1 == 0).all():
+            axis.set_major_locator(LogLocator(base=2, numticks=12))
+        elif decades < 0.8:
+            axis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]))
+        elif decades < 1.5:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        else:
+            axis.set_major_locator(LogLocator(numticks=8))
+        axis.set_minor_locator(NullLocator())
+        # Below one, all in the form of the smallest, so that 0.01 does not stand beside 1e−3.
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, low if value < 1 else value)))
         widen = 10 ** (margin * decades if decades > 0.01 else 0.3)
         return low / widen, high * widen
     axis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10], integer=whole))
@@ -385,38 +400,39 @@ def _dress(axes: Axes, panel: Panel, width: float) -> None:
         axes.grid(True, which="major", axis="x", color=INK, alpha=0.13, linewidth=0.8)
     axes.set_xlabel(panel.x_label, color=INK, alpha=0.75, labelpad=3)
     axes.set_ylabel(panel.y_label, color=INK, alpha=0.75, labelpad=5)
-    rows = _legend(axes, panel, width)
+    legend_height = _legend(axes, panel, width)
     if panel.title:
-        axes.set_title(
-            panel.title, loc="left", color=INK, fontsize=FONT_SIZE + 2, fontweight=600, pad=7 + 1.6 * FONT_SIZE * rows
-        )
+        size, pad = FONT_SIZE + 2, 8 + legend_height
+        axes.set_title(panel.title, loc="left", color=INK, fontsize=size, fontweight="bold", pad=pad)
 
 
-def _legend(axes: Axes, panel: Panel, width: float) -> int:
-    """Names of the curves in rows above the axes, where they cover nothing; the number of rows."""
+def _legend(axes: Axes, panel: Panel, width: float) -> float:
+    """Name the curves above the axes, where the names cover nothing, in as few rows as fit; the height in points."""
     names = list(panel.curves)
     if not names or (len(names) == 1 and names[0].lower() in ("", panel.title.lower(), panel.y_label.lower())):
-        return 0
-    # An entry is its name, about 0.6 em a letter, and 3.5 em of handle and spacing.
-    entry = (0.6 * max(len(name) for name in names) + 3.5) * FONT_SIZE / POINTS_PER_INCH
-    columns = max(1, min(len(names), int((width - 0.8) / entry)))
-    legend = axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=0.25,
-        borderpad=0,
-        ncols=columns,
-        frameon=False,
-        labelcolor=INK,
-        handlelength=1.5,
-        handletextpad=0.6,
-        columnspacing=1.4,
-        labelspacing=0.4,
-    )
+        return 0.0
+    dots = axes.figure.dpi
+    for columns in range(len(names), 0, -1):
+        legend = axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0.25,
+            borderpad=0,
+            ncols=columns,
+            frameon=False,
+            labelcolor=INK,
+            handlelength=1.5,
+            handletextpad=0.6,
+            columnspacing=1.4,
+            labelspacing=0.4,
+        )
+        extent = legend.get_window_extent()
+        if extent.width <= (width - LABELS_WIDTH) * dots:
+            break
     for name, handle in zip(names, legend.legend_handles, strict=True):
         if handle is not None and panel.styles.get(name) == "faint":
             handle.set(linewidth=1.4, alpha=0.6)
-    return math.ceil(len(names) / columns)
+    return extent.height / dots * POINTS_PER_INCH
 
 
 def _inline(text: str, drawing: Figure, panels: Sequence[Panel], prefix: str, label: str) -> str:

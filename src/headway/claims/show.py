@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +15,7 @@ from headway.claims import Outcome
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figure", "table"]
+__all__ = ["as_dict", "figure", "table"]
 
 
 def table(slug: str, outcome: Outcome) -> Table:
@@ -61,3 +63,23 @@ def figure(outcome: Outcome) -> Figure:
 
     """
     return plots.figure(outcome.panels)
+
+
+def as_dict(slug: str, outcome: Outcome, seed: int) -> dict[str, Any]:
+    """The outcome for a program, with the versions and the machine it comes from."""
+    import torch
+
+    from headway import __version__
+
+    return {
+        "slug": slug,
+        "holds": outcome.holds,
+        "statement": outcome.statement,
+        "paper": outcome.paper,
+        "checks": [{**asdict(check), "holds": check.holds} for check in outcome.checks],
+        "seed": seed,
+        "headway": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }

@@ -64,7 +64,7 @@ class OptimizerSection(MethodSection):
 class ScheduleSection(MethodSection):
     """`[schedule]`: any slug of role schedule, or a baseline."""
 
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {"rex": {"warmup_steps": 20}}
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {"rex": {}}
 
 
 class DataSection(Section):
@@ -166,6 +166,18 @@ class Config(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
     sample: SampleSection = Field(default_factory=SampleSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_up(cls, raw: Any) -> Any:
+        """The schedule that nobody chose warms up over a tenth of the run, at most 20 steps."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("schedule", {}), dict):
+            return raw
+        schedule, train = raw.get("schedule", {}), raw.get("train", {})
+        steps = train.get("steps", 400) if isinstance(train, dict) else 400
+        if "name" in schedule or "warmup_steps" in schedule or not isinstance(steps, int):
+            return raw
+        return {**raw, "schedule": {"warmup_steps": max(0, min(20, steps // 10)), **schedule}}
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Config:

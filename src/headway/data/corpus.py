@@ -30,7 +30,7 @@ class DamagedCorpusError(DataError):
 
 
 class Corpus:
-    """Token files of a prepared corpus, read as blocks in a seeded order.
+    r"""Token files of a prepared corpus, read as blocks in a seeded order.
 
     With T = `sequence_length`, block k holds the tokens x[kT], ..., x[kT + T]: T inputs and, shifted by one, T
     targets. Neighbouring blocks share one token, so within an epoch every token but the first, and but the last
@@ -54,7 +54,7 @@ class Corpus:
         >>> from headway.data import prepare
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     text = pathlib.Path(folder, "squares.txt")
-        ...     _ = text.write_text("".join(f"{i} squared is {i * i}\\n" for i in range(2000)))
+        ...     _ = text.write_text("".join(f"{i} squared is {i * i}\n" for i in range(2000)))
         ...     corpus = prepare(text, sequence_length=32, vocab_size=300, cache_dir=folder)
         ...     inputs, targets = corpus.batch(0, batch_size=8, seed=0)
         >>> inputs.shape, bool((inputs[:, 1:] == targets[:, :-1]).all())
@@ -120,7 +120,8 @@ class Corpus:
         """Load the tokenizer (imports transformers)."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(self.tokenizer_dir), trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(self.tokenizer_dir), trust_remote_code=False)
+        return tokenizer
 
     def batch(
         self, step: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
@@ -131,7 +132,8 @@ class Corpus:
             step: step of the run, >= 0.
             batch_size: sequences of all ranks together, a multiple of `world_size`.
             seed: selects the order, >= 0.
-            rank, world_size: this process's contiguous share of the batch.
+            rank: which contiguous share of the batch is wanted, in [0, world_size).
+            world_size: number of shares, >= 1.
 
         Returns:
             Two int64 tensors [batch_size / world_size, sequence_length].

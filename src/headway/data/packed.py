@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +65,7 @@ class Progress:
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/headway/data`, or `~/.cache/headway/data` where that variable is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headway" / "data"
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "headway" / "data"
 
 
 def prepare(
@@ -132,7 +131,7 @@ def prepare(
         "text_field": text_field,
     }
     key = hashlib.sha256(json.dumps([found.fingerprint, settings]).encode()).hexdigest()[:32]
-    folder = (default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()) / key
+    folder = (default_cache_dir() if cache_dir is None else Path(os.path.expanduser(cache_dir))) / key
 
     def build(into: Path) -> None:
         _build(found, into, tokenizer, vocab_size, validation_fraction, text_field, progress, report)
@@ -168,18 +167,19 @@ def _build_once(folder: Path, build: Callable[[Path], None], report: Callable[[s
         _remove_abandoned(cache, folder.name)
         if _is_complete(folder):
             return
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=cache))
+        partial, damaged = cache / f".{folder.name}.new.partial", cache / f".{folder.name}.damaged.partial"
+        partial.mkdir()
         try:
             build(partial)
             _flush_tree(partial)
             if folder.exists():
                 # Moved out of the way first: a folder can only be renamed onto an empty one.
-                folder.rename(partial.with_suffix(".damaged.partial"))
+                folder.rename(damaged)
             partial.rename(folder)
             _flush(cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(partial.with_suffix(".damaged.partial"), ignore_errors=True)
+            shutil.rmtree(damaged, ignore_errors=True)
     finally:
         lock.release()
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["permute"]
 
-ROUNDS = 6
 WORD = 2**64 - 1
+ROUND_NUMBERS = np.arange(1, 7, dtype=np.uint64)[:, None]
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
+SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
+HALF_WORD = np.uint64(32)
 
 
 def permute(index: ArrayLike, size: int, *, seed: int, epoch: ArrayLike = 0) -> NDArray[np.int64]:
@@ -38,8 +41,8 @@ def permute(index: ArrayLike, size: int, *, seed: int, epoch: ArrayLike = 0) -> 
         ValueError: `size` < 1 or an index outside [0, size).
 
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), the generalised Feistel and
-    cycle-walking constructions; the rounds here are keyed by the SplitMix64 finaliser, as speed and not secrecy is
-    wanted.
+    cycle-walking constructions; the round functions here mix with the multipliers of SplitMix64, as speed and not
+    secrecy is wanted.
 
     Example:
         >>> sorted(permute(range(7), 7, seed=0).tolist())
@@ -49,7 +52,9 @@ def permute(index: ArrayLike, size: int, *, seed: int, epoch: ArrayLike = 0) -> 
     """
     if size < 1:
         raise ValueError(f"size must be >= 1, got {size}")
-    position, period = np.broadcast_arrays(np.asarray(index), np.asarray(epoch))
+    position, period = np.asarray(index), np.asarray(epoch)
+    if position.shape != period.shape:
+        position, period = np.broadcast_arrays(position, period)
     shape = position.shape
     position, period = position.ravel(), period.ravel()
     if position.size and (position.min() < 0 or position.max() >= size):
@@ -57,7 +62,7 @@ def permute(index: ArrayLike, size: int, *, seed: int, epoch: ArrayLike = 0) -> 
     image = position.astype(np.uint64)
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
-    keys = _keys(seed, period.astype(np.uint64))  # [ROUNDS, n]
+    keys = _keys(seed, period.astype(np.uint64))  # [6, n]
     image = _feistel(image, a, b, keys)
     outside = np.flatnonzero(image >= size)
     while outside.size:
@@ -67,24 +72,33 @@ def permute(index: ArrayLike, size: int, *, seed: int, epoch: ArrayLike = 0) -> 
 
 
 def _feistel(x: NDArray[np.uint64], a: int, b: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    modulus = np.uint64(a), np.uint64(b)
-    left, right = np.divmod(x, modulus[1])
+    size_left, size_right = np.uint64(a), np.uint64(b)
+    left, right = np.divmod(x, size_right)
     for number, key in enumerate(keys):
         if number % 2 == 0:
-            left = (left + _mix(right ^ key) % modulus[0]) % modulus[0]
+            left = (left + _round(right ^ key)) % size_left
         else:
-            right = (right + _mix(left ^ key) % modulus[1]) % modulus[1]
-    return left * modulus[1] + right
+            right = (right + _round(left ^ key)) % size_right
+    return left * size_right + right
+
+
+def _round(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """32 bits from 64: two multiplications, each followed by its upper half. `x` is overwritten."""
+    x *= FIRST_FACTOR
+    x ^= x >> HALF_WORD
+    x *= SECOND_FACTOR
+    x >>= HALF_WORD
+    return x
 
 
 def _keys(seed: int, epoch: NDArray[np.uint64]) -> NDArray[np.uint64]:
     start = _mix(np.full(1, seed & WORD, dtype=np.uint64))
-    return _mix(_mix(start ^ epoch) + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None])
+    return _mix(_mix(start ^ epoch) + ROUND_NUMBERS)  # [6, n]
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[Any]:
-    # SplitMix64: the golden-ratio increment keeps 0 from being a fixed point.
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    # The golden-ratio increment of SplitMix64 keeps 0 from being a fixed point.
+    x = x + GOLDEN_RATIO
+    x = (x ^ (x >> np.uint64(30))) * FIRST_FACTOR
+    x = (x ^ (x >> np.uint64(27))) * SECOND_FACTOR
     return x ^ (x >> np.uint64(31))

@@ -37,8 +37,10 @@ SHORTEST_PIECE = 4 * 1024
 LONGEST_PIECE = 256 * 1024
 LONGEST_ROW = 64 * 1024 * 1024
 PARQUET_ROWS = 256
+SCAN_BYTES = 64 * 1024
 
 NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger("headway.data")
@@ -48,7 +50,7 @@ class DataError(ValueError):
     """A source, tokenizer or cache that cannot be used; the message is one line that says why."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class FileEntry(NamedTuple):
@@ -88,7 +90,7 @@ class Listing:
             return None
         return sum(entry.size for entry in self.files)
 
-    @property
+    @cached_property
     def piece_characters(self) -> int:
         """Length above which a document is cut at a line end: 1/64 of the source, within 4 Ki to 256 Ki characters."""
         if self.dataset is not None:
@@ -121,7 +123,7 @@ def listing(source: str | os.PathLike[str]) -> Listing:
         ...
         headway.data.sources.DataError: source 'no/such/folder' does not exist; accepted: 'stdlib', a file, ...
     """
-    if not isinstance(source, str | os.PathLike) or isinstance(source, os.PathLike) and not _is_text_path(source):
+    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
         raise DataError(f"source must be {ACCEPTED}, got {source!r}")
     name = os.fspath(source)
     if not name.strip() or "\0" in name:
@@ -130,9 +132,11 @@ def listing(source: str | os.PathLike[str]) -> Listing:
         return _standard_library()
     if name.startswith("hf:"):
         return _dataset(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user
     try:
         status = path.stat()
+    except UnicodeEncodeError as error:
+        raise _unreadable(ascii(name), error) from error
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL):
             raise _unreadable(path, error) from error
@@ -170,8 +174,8 @@ def documents(
         DataError: see `listing`; a file cannot be read or parsed; a row has no such field; nothing of it is text.
 
     Example:
-        >>> next(documents("stdlib"))[:22]
-        '"Record of phased-in i'
+        >>> next(documents("stdlib"))[3:22]
+        'Record of phased-in'
     """
     found = source if isinstance(source, Listing) else listing(source)
     skipped: list[str] = []
@@ -189,13 +193,6 @@ def documents(
     if skipped:
         message = f"skipped {len(skipped)} of {len(found.files)} files that are not UTF-8 text (first: {skipped[0]!r})"
         (report or logger.warning)(message)
-
-
-HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
-
-
-def _is_text_path(path: os.PathLike[Any]) -> bool:
-    return isinstance(os.fspath(path), str)
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> DataError:
@@ -251,8 +248,8 @@ def _glob(name: str, pattern: Path) -> Listing:
 def _dataset(name: str) -> Listing:
     reference = name[len("hf:") :]
     for dataset, config in ((reference, None), tuple(reference.rpartition(":")[::2])):
-        if dataset and Path(dataset).expanduser().is_dir():
-            root = Path(dataset).expanduser()
+        root = Path(os.path.expanduser(dataset))
+        if dataset and os.path.isdir(root):
             files = tuple(sorted(_walk(root, ("",))))
             if not files:
                 raise DataError(f"source {name!r}: the folder {dataset!r} is empty")
@@ -288,7 +285,7 @@ def _is_utf8(path: Path) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
         try:
-            while block := file.read(1 << 20):
+            while block := file.read(SCAN_BYTES):
                 if b"\0" in block:
                     return False
                 decoder.decode(block)

@@ -96,6 +96,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     path = _local(name)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    tokenizer: Any
     try:
         if path is None:
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(name), trust_remote_code=False)
@@ -145,8 +146,8 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
     accepted = "'train', a folder written by save_pretrained, a tokenizer.json, or a name on the Hugging Face hub"
     if not isinstance(name, str | os.PathLike) or not str(name).strip() or "\0" in str(name):
         raise DataError(f"tokenizer must be {accepted}, got {name!r}")
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
         return path
     if isinstance(name, os.PathLike) or not re.fullmatch(HUB_NAME, name) or name[0] in ".~" or name.endswith(".json"):
         raise DataError(f"tokenizer {os.fspath(name)!r} does not exist; accepted: {accepted}")

@@ -132,7 +132,6 @@ class Frugal(Optimizer):
         "block_order": OneOf(*BLOCK_ORDERS),
         "inner": OneOf("adamw", "sgdm", "lion"),
         "maximize": OneOf(False, True),
-        "projected": OneOf(None, False, True),
     }
 
     def __init__(
@@ -204,6 +203,7 @@ class Frugal(Optimizer):
         """As in torch; hyper-parameters of the group are checked like the constructor's."""
         group = {**self.defaults, **param_group, "step": 0, "change": 0}
         check_arguments(self.constraints, **{name: group[name] for name in self.constraints})
+        check_arguments({"projected": OneOf(None, False, True)}, projected=group["projected"])
         super().add_param_group(group)
         try:
             _check_tensors(self.param_groups[-1])

@@ -78,14 +78,14 @@ class Restored:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in one folder.
+    """The checkpoints of one run, in one folder; any number of processes may read while the run writes.
 
     Where `torch.distributed` is initialised, `save` and `load` are collective: every rank calls
     them, what is the same on all ranks is written once (spread over them), and if one rank fails all raise.
 
     Args:
         folder: where the checkpoints lie, on a disk that all ranks share; created by the first save.
-        keep: how many checkpoints stay, >= 1. Default 3: one that is damaged costs no more than one interval.
+        keep: how many checkpoints stay, >= 1. Default 3: if the newest is damaged, two are behind it.
         process_group: the ranks that save and load together. Default: all.
 
     Raises:
@@ -144,7 +144,8 @@ instead of 199
             step: optimizer steps done, >= 0.
             state: nested dicts, lists and tuples of tensors, str, int, float, bool and None, with str or int
                 keys; its tensors must be the same on all ranks, and of the rest rank 0's is saved. The key
-                "rank" is taken. Values only: tensors come back on the CPU, without `requires_grad`.
+                "rank" is taken. Values only: tensors come back on the CPU, without `requires_grad`, and a `DTensor`,
+                written in the shards that the ranks hold, comes back whole.
             rank_state: what differs between ranks, such as the state of random generators; of the same form.
 
         Returns:
@@ -224,10 +225,12 @@ float, bool, None, and dicts, lists and tuples of them
                 self._sweep()
             if not isinstance(failure, CheckpointException):
                 raise
-            cause = _cause(failure)
-            if isinstance(cause, CheckpointError | TypeError | ValueError) or not isinstance(cause, Exception):
+            rank, cause = _cause(failure)
+            refused = needed == 0 and isinstance(cause, TypeError | ValueError)
+            if refused or isinstance(cause, CheckpointError) or not isinstance(cause, Exception):
                 raise cause from None
-            raise CheckpointError(self._unsaved(step, cause, needed)) from cause
+            where = f"rank {rank}: " if exchange.use_dist else ""
+            raise CheckpointError(self._unsaved(step, cause, needed, where)) from cause
 
     def load(self, step: int | Literal["latest"] | None = None) -> Restored:
         """Read a checkpoint: by default the latest that is whole.
@@ -248,7 +251,7 @@ float, bool, None, and dicts, lists and tuples of them
         try:
             found: dict[int, Path] = exchange.broadcast("list", self._checkpoints)
         except CheckpointException as failure:
-            raise CheckpointError(f"{self.folder} cannot be read: {_one_line(_cause(failure))}") from None
+            raise CheckpointError(f"{self.folder} cannot be read: {_one_line(_cause(failure)[1])}") from None
         if step is not None:
             if step not in found:
                 there = f"there are {', '.join(map(str, sorted(found)))}" if found else "there are none"
@@ -294,7 +297,7 @@ float, bool, None, and dicts, lists and tuples of them
                     no_dist=not exchange.use_dist,
                 )
         except CheckpointException as failure:
-            cause = _cause(failure)
+            _, cause = _cause(failure)
             if isinstance(cause, Exception):
                 return _one_line(cause)
             raise cause from None
@@ -309,7 +312,7 @@ float, bool, None, and dicts, lists and tuples of them
         found: dict[int, Path] = {}
         if self.folder.is_dir():
             for path in sorted(self.folder.iterdir()):
-                if match := re.fullmatch(r"\.step-(\d+)\.old|step-(\d+)", path.name):
+                if match := re.fullmatch(r"\.step-(\d{8,})\.old|step-(\d{8,})", path.name):
                     found[int(match[1] or match[2])] = path
         return found
 
@@ -340,8 +343,8 @@ float, bool, None, and dicts, lists and tuples of them
                 else:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _unsaved(self, step: int, cause: BaseException, needed: int) -> str:
-        text = f"checkpoint at step {step} not saved: {_one_line(cause)}"
+    def _unsaved(self, step: int, cause: BaseException, needed: int, where: str = "") -> str:
+        text = f"checkpoint at step {step} not saved: {where}{_one_line(cause)}"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.folder).free
             text += f" ({math.ceil(needed / 1e6)} MB needed, {math.floor(free / 1e6)} MB free in {self.folder})"
@@ -399,12 +402,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _cause(failure: BaseException) -> BaseException:
-    """The exception of the lowest rank that failed, but an interruption (Ctrl-C) before any error."""
-    while isinstance(failure, CheckpointException):
-        causes = [cause for _, (cause, _) in sorted(failure.failures.items())]
-        failure = next((cause for cause in causes if not isinstance(cause, Exception)), causes[0])
-    return failure
+def _cause(failure: CheckpointException) -> tuple[int, BaseException]:
+    """The lowest rank that failed and its exception; but an interruption (Ctrl-C) goes before any error."""
+    causes = [(rank, cause) for rank, (cause, _) in sorted(failure.failures.items())]
+    return next((pair for pair in causes if not isinstance(pair[1], Exception)), causes[0])
 
 
 def _one_line(cause: BaseException) -> str:

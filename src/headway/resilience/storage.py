@@ -51,11 +51,16 @@ class _HashedFile(io.BufferedWriter):
         super().__init__(io.FileIO(path, "wb"), buffer_size=1 << 20)
         self._hash = hashlib.sha256()
         self._size = 0
+        self.failure: BaseException | None = None
 
     def write(self, data: Any, /) -> int:
         self._hash.update(data)
         self._size += memoryview(data).nbytes
-        return super().write(data)
+        try:
+            return super().write(data)
+        except BaseException as failure:
+            self.failure = failure
+            raise
 
     def close(self) -> None:
         if self.closed:
@@ -85,7 +90,13 @@ class _DurableFiles(FileSystem):
                 yield stream
             return
         with _HashedFile(Path(path)) as hashed:
-            yield hashed
+            try:
+                yield hashed
+            except RuntimeError:
+                # torch.save closes its archive when a write fails, trips over the gap, and reports that instead.
+                if hashed.failure is not None:
+                    raise hashed.failure from None
+                raise
         self.records[Path(path).name] = hashed.record
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

@@ -33,13 +33,13 @@ def write_report(run_dir: str | Path) -> Path:
 
     The file is replaced in one move, so a reader never meets half a page. In `metrics.jsonl` a record whose step is
     not above the one before it (a run resumed from an earlier checkpoint) takes the place of the records from its
-    step on; time spent on replaced steps still counts as wall time. An unfinished last line, as a killed process
-    leaves, is ignored; other unreadable lines are left out and counted on the page.
+    step on. An unfinished last line, as a killed process leaves, is ignored; other unreadable lines are left out and
+    counted on the page.
 
     Args:
         run_dir: folder with any of `config.toml`, `environment.json` (one flat object), `metrics.jsonl` (training
             records `step, loss, lr, grad_norm, tokens, tokens_per_second, seconds, memory_mb`, where tokens and
-            seconds are those of the step itself; evaluation records `step, validation_loss`; event records
+            seconds count from the start of the run; evaluation records `step, validation_loss`; event records
             `step, event, text`) and `samples.jsonl` (`step, prompt, text`).
 
     Raises:
@@ -88,7 +88,6 @@ class _Run:
     samples: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     config: str = ""
-    wall_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def column(self, key: str) -> np.ndarray:
@@ -116,8 +115,6 @@ def _read(run_dir: Path) -> _Run:
             _append(run.validation, record)
         else:
             _append(run.train, record)
-            seconds = _number(record.get("seconds"))
-            run.wall_seconds += seconds if math.isfinite(seconds) else 0.0
     run.samples = [
         {"step": record.get("step"), "prompt": str(record.get("prompt", "")), "text": str(record.get("text", ""))}
         for record in _records(run_dir / "samples.jsonl", run.notes)
@@ -154,7 +151,9 @@ def _append(records: list[dict[str, Any]], record: dict[str, Any]) -> None:
 def _event(record: dict[str, Any]) -> dict[str, Any]:
     kind = str(record["event"]).replace("_", " ")
     trouble = re.search(
-        r"corrupt|fail|error|non-?finite|skip|lost|killed|interrupt", f"{kind} {record.get('text', '')}", re.I
+        r"corrupt|passed over|fail|error|non-?finite|skip|lost|killed|interrupt",
+        f"{kind} {record.get('text', '')}",
+        re.I,
     )
     return {"step": record["step"], "kind": kind, "text": str(record.get("text", "")), "trouble": bool(trouble)}
 
@@ -198,9 +197,10 @@ def _facts(run: _Run) -> list[dict[str, Any]]:
     facts.append(_fact("steps", _step(run.train[-1]["step"])))
     tokens = _finite(run.column("tokens"))
     if len(tokens):
-        facts.append(_fact("tokens", short_number(_rounded(tokens.sum()))))
-    if run.wall_seconds:
-        facts.append(_fact("wall time", _duration(run.wall_seconds)))
+        facts.append(_fact("tokens", _count(float(tokens[-1]))))
+    seconds = _finite(run.column("seconds"))
+    if len(seconds):
+        facts.append(_fact("wall time", _duration(float(seconds[-1]))))
     speed = _finite(run.column("tokens_per_second"))
     if len(speed):
         facts.append(_fact("tokens/s", short_number(_rounded(float(np.median(speed)))), "median"))
@@ -347,6 +347,11 @@ def _step(value: Any) -> str:
     return f"{number:,.0f}".replace(",", " ") if math.isfinite(number) else str(value)
 
 
+def _count(value: float) -> str:
+    """Exact where that is short."""
+    return _step(value) if value < 100_000 else short_number(_rounded(value))
+
+
 def _rounded(value: float) -> float:
     """To three significant digits."""
     return float(f"{value:.3g}")
@@ -359,7 +364,7 @@ def _plain(value: Any, short: bool = False) -> str:
     if not math.isfinite(number):
         return str(value)
     if short:
-        return short_number(_rounded(number))
+        return _count(number)
     return _step(number) if number == int(number) else f"{number:g}"
 
 
@@ -374,7 +379,7 @@ def _duration(seconds: float) -> str:
 
 
 def _megabytes(value: float) -> str:
-    return f"{value:.0f} MB" if value < 10_000 else f"{value / 1000:.1f} GB"
+    return f"{value:.0f} MB" if value < 10_000 else f"{value / 1024:.1f} GB"
 
 
 def _replace(path: Path, text: str) -> Path:

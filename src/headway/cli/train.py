@@ -1,0 +1,121 @@
+"""`headway train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from headway.cli.failures import INTERRUPTED, WRONG_INPUT, fail, failures
+
+if TYPE_CHECKING:
+    from headway.config import Config
+    from headway.train.run import RunFolder
+
+
+def train(
+    config: Annotated[Optional[Path], typer.Argument(help="A TOML file; without one, the defaults.")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
+    ] = None,
+    data: Annotated[str, typer.Option(help="Short for --set data.source=...: a file, folder, glob or hf:NAME.")] = "",
+    workers: Annotated[int, typer.Option(help="Short for --set launch.workers=...: processes on this machine.")] = 0,
+    out: Annotated[Optional[Path], typer.Option(help="The run's folder; by default runs/<date>-<time>.")] = None,  # noqa: UP045
+    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,  # noqa: UP045
+) -> None:
+    """Train or fine-tune a causal language model on text.
+
+    Examples:
+
+        headway train
+
+        headway train --data ./my-notes --set train.steps=1000
+
+        headway train config.toml --set optimizer.name=frugal --workers 2
+
+        headway train --resume runs/20261124-101500
+    """
+    # Started by torchrun or by this command's own launcher: be one of the workers, launch none.
+    is_worker = "TORCHELASTIC_RUN_ID" in os.environ
+    is_ours = is_worker and os.environ["TORCHELASTIC_RUN_ID"].startswith("headway-")
+    with failures(quiet=is_ours):
+        if resume is not None:
+            if config is not None or data or out is not None or overrides:
+                raise fail("--resume takes the run's own configuration: no CONFIG, --set, --data or --out", WRONG_INPUT)
+            run, resolved = _open(resume, workers)
+        else:
+            run, resolved = None, _load(config, overrides or [], data, workers)
+        if run is not None and run.complete:
+            typer.echo(f"{run.path} is complete: {resolved.train.steps} steps; its model is in {run.model}")
+            return
+
+        if is_worker:
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            from headway.train.session import run_worker
+
+            record(run_worker)(resolved, run.path if run else out, resume is not None)
+            return
+        run = _alone(resolved, run, out) if resolved.launch.workers == 1 else _launched(resolved, run, out)
+        if not run.complete:
+            typer.echo(f"stopped; to go on: headway train --resume {run.path}")
+            raise typer.Exit(INTERRUPTED)
+        typer.echo(f"\nreport  {run.path / 'report.html'}\nmodel   {run.model}\nmore    headway generate {run.path}")
+
+
+def _load(path: Path | None, overrides: list[str], data: str, workers: int) -> Config:
+    from headway.config import load
+    from headway.train.session import check_data
+
+    short = [f"data.source={_quoted(data)}"] if data else []
+    if workers:
+        short.append(f"launch.workers={workers}")
+    config = load(path, [*overrides, *short])
+    check_data(config)
+    return config
+
+
+def _open(path: Path, workers: int) -> tuple[RunFolder, Config]:
+    from headway.config import parse
+    from headway.train.run import RunFolder
+
+    run, config = RunFolder.open(path)
+    if workers and workers != config.launch.workers:
+        config = parse(config.to_toml(), [f"launch.workers={workers}"])
+        run.config_file.write_text(config.to_toml(), encoding="utf-8")
+    return run, config
+
+
+def _quoted(text: str) -> str:
+    """A TOML string, so that a folder named `12` stays a name."""
+    import json
+
+    return json.dumps(text)
+
+
+def _alone(config: Config, run: RunFolder | None, out: Path | None) -> RunFolder:
+    from headway.train.session import run_worker
+
+    return run_worker(config, run.path if run else out, resume=run is not None)[0]
+
+
+def _launched(config: Config, run: RunFolder | None, out: Path | None) -> RunFolder:
+    from headway.train.display import Display
+    from headway.train.launch import launch
+    from headway.train.run import RunFolder
+    from headway.train.session import prepare_corpus
+
+    display = Display()
+    try:
+        prepare_corpus(config, display)
+    finally:
+        display.close()
+    run = run or RunFolder.create(out, config)
+    try:
+        launch(run, config.launch.workers, config.launch.max_restarts)
+    except KeyboardInterrupt:
+        pass
+    return run

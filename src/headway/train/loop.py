@@ -1,0 +1,391 @@
+"""The training loop: every part is a method that the configuration chose.
+
+For step s of the run: the batch is a pure function of (seed, s); it is split over the workers and
+into micro-batches whose gradients add up; the gradient is clipped; optimizer and schedule step; every
+now and then the model is evaluated and a checkpoint taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import headway
+from headway.config import Config
+from headway.config.methods import build_optimizer, build_schedule
+from headway.data import Corpus
+from headway.resilience import CheckpointError, CheckpointStore, rng_state, set_rng_state
+from headway.train import TrainError
+from headway.train.display import Display
+from headway.train.model import NextTokenLoss, build_model, one_line
+from headway.train.run import MetricsLog, RunFolder
+from headway.train.workers import Workers
+
+__all__ = ["Result", "Trainer"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: steps done, the last validation loss, and whether it was interrupted."""
+
+    steps: int
+    validation_loss: float
+    interrupted: bool
+
+
+@dataclass
+class Trainer:
+    """One worker of a run.
+
+    `run` is None for a run that keeps nothing (a measurement). After construction the model, the
+    optimizer and the schedule exist and a checkpoint, if there is one, has been restored; `train()`
+    does the remaining steps.
+    """
+
+    config: Config
+    corpus: Corpus
+    run: RunFolder | None = None
+    workers: Workers = field(default_factory=Workers.from_environment)
+    display: Display = field(default_factory=lambda: Display(quiet=True))
+
+    def __post_init__(self) -> None:
+        train, batch = self.config.train, self.config.batch
+        if batch.size % self.workers.count:
+            raise TrainError(f"batch.size must be a multiple of the workers ({self.workers.count}), got {batch.size}")
+        share = batch.size // self.workers.count
+        self.micro_batch = batch.micro_batch or share
+        if share % self.micro_batch:
+            raise TrainError(
+                f"batch.micro_batch must divide a worker's share of the batch ({share}), got {self.micro_batch}"
+            )
+        self.accumulation = share // self.micro_batch
+        self.device = self.workers.device(train.device)
+        threads = train.threads or max(1, _cores() // self.workers.local_count)
+        torch.set_num_threads(threads)
+
+        self.model = build_model(self.config.model, self.corpus, train.seed).to(self.device)
+        torch.manual_seed(train.seed + self.workers.rank)
+        self.precision = _precision(train.precision, self.device, self.display)
+        self.optimizer = build_optimizer(self.config.optimizer, self.model)
+        self.schedule = build_schedule(self.config.schedule, self.optimizer, train.steps)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+        self.objective: nn.Module = NextTokenLoss(self.model)
+        self.compiled = train.compile and _can_compile(self.device, self.display)
+        if self.compiled:
+            self.objective.compile()
+        if self.workers.count > 1:
+            self.objective = DistributedDataParallel(self.objective)
+
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.validation_loss = math.nan
+        self.interrupted = False
+        self.events: list[str] = []
+        self.store = None
+        if self.run is not None:
+            self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep)
+            if self.store.steps():
+                self._restore(self.store)
+
+    def train(self) -> Result:
+        """Do the remaining steps; on an interruption, save a checkpoint and return.
+
+        Raises:
+            TrainError: the loss or the gradient is not finite and `train.on_nonfinite` is "stop".
+            CheckpointError: a save failed and `checkpoint.on_error` is "stop".
+        """
+        config = self.config
+        self.log = None
+        if self.run is not None and self.workers.rank == 0:
+            self.run.write_json(self.run.environment_file, self.environment())
+            self.log = MetricsLog(self.run, after=self.step, warn=self.display.warn)
+            for text in self.events:
+                self._record({"step": self.step, "event": "resumed", "text": text})
+        self.display.start(self.step, config.train.steps)
+        self.model.train()
+        try:
+            with self._interruptible():
+                while self.step < config.train.steps and not self.interrupted:
+                    self._one_step()
+                    done = self.step == config.train.steps
+                    if done or _due(self.step, config.train.evaluate_every):
+                        self.evaluate()
+                    if done or self.interrupted or _due(self.step, config.checkpoint.every):
+                        self.save()
+        finally:
+            self.display.close()
+            if self.log is not None:
+                self.log.close()
+        return Result(self.step, self.validation_loss, self.interrupted)
+
+    def _one_step(self) -> None:
+        start = time.perf_counter()
+        loss = self._backward()  # this worker's mean loss; its gradients, averaged over the workers, are in .grad
+        clip = self.config.train.clip_norm
+        if clip:
+            norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        lr = self.schedule.get_last_lr()[0]
+        total, stopped = self.workers.sum(loss.item(), float(self.interrupted))
+        loss_value, grad_norm = total / self.workers.count, norm.item()
+        self.interrupted = stopped > 0
+
+        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+            self.optimizer.step()
+        else:
+            self._nonfinite(loss_value, grad_norm)
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+        self.step += 1
+        seconds = time.perf_counter() - start
+        tokens = self.config.batch.size * self.corpus.sequence_length
+        self.tokens += tokens
+        self.seconds += seconds
+        self._record(
+            {
+                "step": self.step,
+                "loss": loss_value,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": self.tokens,
+                "tokens_per_second": tokens / seconds,
+                "seconds": self.seconds,
+                "step_seconds": seconds,
+                "memory_mb": _memory_mb(self.device),
+            }
+        )
+
+    def _backward(self) -> Tensor:
+        inputs, targets = self.corpus.batch(
+            self.step,
+            batch_size=self.config.batch.size,
+            seed=self.config.train.seed,
+            rank=self.workers.rank,
+            world_size=self.workers.count,
+        )
+        total = torch.zeros((), device=self.device)
+        parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
+        for index, (x, y) in enumerate(parts):
+            last = index == self.accumulation - 1
+            with contextlib.ExitStack() as stack:
+                if isinstance(self.objective, DistributedDataParallel) and not last:
+                    stack.enter_context(self.objective.no_sync())
+                loss = self._loss(x.to(self.device), y.to(self.device)) / self.accumulation
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if not self.compiled or self.step > 0:
+                return self.objective(inputs, targets)
+            try:
+                return self.objective(inputs, targets)
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+                self.display.warn(f"torch.compile failed, training goes on without it: {one_line(error)}")
+                self.compiled = False
+                module = self.objective.module if self.workers.count > 1 else self.objective
+                module._compiled_call_impl = None  # what Module.compile() has set
+                return self.objective(inputs, targets)
+
+    def _nonfinite(self, loss: float, grad_norm: float) -> None:
+        """Name the culprit; stop, or leave the step out."""
+        text = f"step {self.step + 1}: loss is {loss}, gradient norm is {grad_norm}"
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                text += f"; first parameter that is not finite: {name}"
+                break
+        else:
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is not None and not parameter.grad.isfinite().all():
+                    text += f"; first gradient that is not finite: {name}"
+                    break
+        if self.config.train.on_nonfinite == "stop":
+            self._record({"step": self.step + 1, "event": "nonfinite", "text": text})
+            raise TrainError(f"{text} (to leave such steps out: train.on_nonfinite = 'skip')")
+        self.display.warn(f"{text}; step left out")
+        self._record({"step": self.step + 1, "event": "skipped", "text": text})
+
+    def evaluate(self) -> float:
+        """Mean loss over the validation batches, at the point that the optimizer evaluates at."""
+        batches = self.corpus.validation_batches(self.micro_batch, self.config.train.evaluate_batches)
+        objective = NextTokenLoss(self.model)  # not compiled: a second graph would cost more than it saves
+        total, count = 0.0, 0
+        with self.evaluation_point(), torch.no_grad():
+            for index, (x, y) in enumerate(batches):
+                if index % self.workers.count == self.workers.rank:
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                        loss = objective(x.to(self.device), y.to(self.device))
+                    total += loss.item() * y.numel()
+                    count += y.numel()
+        total, count = self.workers.sum(total, count)
+        self.validation_loss = total / count
+        self._record({"step": self.step, "validation_loss": self.validation_loss})
+        return self.validation_loss
+
+    @contextlib.contextmanager
+    def evaluation_point(self) -> Iterator[None]:
+        """The model in evaluation mode, with the parameters that the optimizer reports."""
+        swaps = hasattr(self.optimizer, "eval") and hasattr(self.optimizer, "train")
+        self.model.eval()
+        if swaps:
+            self.optimizer.eval()
+        try:
+            yield
+        finally:
+            if swaps:
+                self.optimizer.train()
+            self.model.train()
+
+    def save(self) -> None:
+        """Take a checkpoint; a failure is told, and ends the run only if `checkpoint.on_error` says so."""
+        if self.store is None:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": {
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "validation_loss": self.validation_loss,
+                "content_hash": self.corpus.content_hash,
+            },
+        }
+        try:
+            self.store.save(self.step, state, rank_state=rng_state())
+        except CheckpointError as error:
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            self.display.warn(str(error))
+            self._record({"step": self.step, "event": "checkpoint failed", "text": str(error)})
+
+    def _restore(self, store: CheckpointStore) -> None:
+        restored = store.load()
+        progress = restored.state["progress"]
+        if progress["content_hash"] != self.corpus.content_hash:
+            raise TrainError(f"the text of data.source {self.config.data.source!r} is not what this run was trained on")
+        self.model.load_state_dict(restored.state["model"])
+        self.optimizer.load_state_dict(restored.state["optimizer"])
+        self.schedule.load_state_dict(restored.state["schedule"])
+        if restored.rank_state is not None:
+            set_rng_state(restored.rank_state)
+        self.step, self.tokens = restored.step, progress["tokens"]
+        self.seconds, self.validation_loss = progress["seconds"], progress["validation_loss"]
+        self.events = [f"checkpoint passed over, {text}" for text in restored.skipped]
+        self.events.append(f"resumed from the checkpoint at step {self.step}")
+        for text in self.events:
+            self.display.note(text)
+
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on."""
+        return {
+            "headway": headway.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "processor": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor(),
+            "device": self.device.type,
+            "cores": _cores(),
+            "threads": torch.get_num_threads(),
+            "workers": self.workers.count,
+            "precision": self.precision,
+            "compiled": "yes" if self.compiled else "no",
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "training tokens": self.corpus.train_tokens,
+            "validation tokens": self.corpus.validation_tokens,
+        }
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write({key: value for key, value in record.items() if key != "step_seconds"})
+        if "event" not in record:
+            self.display.step(record)
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the present step; a second SIGINT at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self.interrupted and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            self.display.note("stopping after this step (Ctrl-C again: at once)")
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _precision(wanted: str, device: torch.device, display: Display) -> str:
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    elif platform.machine().lower() in ("arm64", "aarch64"):
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if wanted == "auto":
+        return "bf16" if native else "fp32"
+    if wanted == "bf16" and not native:
+        display.warn("train.precision is 'bf16', but this processor emulates it, which is many times slower than fp32")
+    return wanted
+
+
+def _can_compile(device: torch.device, display: Display) -> bool:
+    compiler = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "g++")
+    if device.type == "cpu" and not (shutil.which(compiler) or shutil.which("clang++")):
+        display.warn(f"no C++ compiler ({compiler}) on this machine: training goes on without torch.compile")
+        return False
+    return True
+
+
+def _memory_mb(device: torch.device) -> float:
+    """Memory held now by this process (CPU) or by its tensors (GPU)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
+    except OSError:
+        return platform.processor() or "unknown"

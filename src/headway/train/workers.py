@@ -1,0 +1,76 @@
+"""The processes that train together, as torchrun's environment describes them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Workers"]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's place among the workers. One worker needs no process group.
+
+    `local_count` is the number of workers on this machine, which share its cores.
+    """
+
+    rank: int
+    count: int
+    local_rank: int
+    local_count: int
+
+    @classmethod
+    def from_environment(cls) -> Workers:
+        """Read the variables that torchrun sets; without them, one worker."""
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            count=int(os.environ.get("WORLD_SIZE", 1)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            local_count=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        )
+
+    def device(self, wanted: str) -> torch.device:
+        """The device of `[train] device` for this worker."""
+        if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+    def connect(self, device: torch.device) -> None:
+        """Join the process group: gloo on CPUs, nccl on GPUs."""
+        if self.count > 1 and not dist.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+
+    def disconnect(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        if self.count > 1:
+            dist.barrier()
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums of a few numbers over the workers, in one collective."""
+        if self.count == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers)
+        return numbers.tolist()
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on all workers."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
