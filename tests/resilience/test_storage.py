@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from headway.resilience.storage import DurableWriter, NestedPlanner, check_files, read_metadata, write_file
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 @pytest.fixture
 def written(tmp_path):

@@ -129,6 +129,7 @@ def test_a_group_added_later_is_refused_with_the_way_out():
     optimizer = sgd()
     schedule = LinearLR(optimizer, 10)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    optimizer.step()
     with pytest.raises(ValueError, match="2 parameter groups, the schedule was built for 1: build a new schedule"):
         schedule.step()
 
@@ -156,7 +157,7 @@ def test_arguments_that_contradict_each_other_are_refused(arguments, message):
 def test_a_profile_that_goes_negative_is_reported_with_the_step():
     schedule = ProfileLR(sgd(), lambda z: 0.5 - z, 10)
     assert schedule.lr_at(5) == [0.0]
-    with pytest.raises(ValueError, match="profile must return finite values >= 0, got -0.09.* for step 6"):
+    with pytest.raises(ValueError, match=r"profile must return finite values >= 0, got -0.09.* for step 6"):
         schedule.lr_at(6)
 
 

@@ -40,7 +40,7 @@ PARQUET_ROWS = 256
 SCAN_BYTES = 64 * 1024
 
 NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
-HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger("headway.data")
@@ -143,7 +143,8 @@ def listing(source: str | os.PathLike[str]) -> Listing:
         if glob.has_magic(name):
             return _glob(name, path)
         # Only a name that could be one on the hub is worth the hint.
-        hint = f" (for a dataset on the Hugging Face hub write 'hf:{name}')" if re.fullmatch(HUB_NAME, name) else ""
+        hub_like = re.fullmatch(HUB_NAME, name) and not name.lower().endswith(SUFFIXES)
+        hint = f" (for a dataset on the Hugging Face hub write 'hf:{name}')" if hub_like else ""
         raise DataError(f"source {name!r} does not exist; accepted: {ACCEPTED}{hint}") from error
     if stat.S_ISDIR(status.st_mode):
         return Listing(name, path, _some(name, _walk(path, SUFFIXES)))

@@ -149,7 +149,7 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return path
-    if isinstance(name, os.PathLike) or not re.fullmatch(HUB_NAME, name) or name[0] in ".~" or name.endswith(".json"):
+    if isinstance(name, os.PathLike) or not re.fullmatch(HUB_NAME, name) or name.endswith(".json"):
         raise DataError(f"tokenizer {os.fspath(name)!r} does not exist; accepted: {accepted}")
     return None
 

@@ -39,23 +39,23 @@ def check_optimizer(optimizer_class: type[Optimizer], /, **hyperparameters: Any)
       each constructor keyword whose default is a number has a constraint, defaults lie inside, and each
       value outside raises `ValueError` with the name and the value, from the constructor and, for what
       groups may set, from a group in the constructor and from `add_param_group`.
-    - `nothing_without_backward`: a step before any backward changes nothing.
     - `parameters_move`: finite, and some parameter moves.
+    - `bfloat16`: parameters stay bfloat16, finite, and move.
+    - `deterministic`: two runs are the same, and the global random state of torch is not advanced.
+    - `nothing_without_backward`: a step before any backward changes nothing.
     - `missing_gradients_left_alone`: a parameter whose gradient is None is not touched, and takes part later.
     - `zero_gradients_finite`: gradients that are all zero, from the first step or later, leave everything finite.
     - `sparse_gradients`: used, or refused by a `RuntimeError` that says "sparse", before anything changes.
     - `closure`: runs with gradients enabled even under `no_grad`, its loss is returned, and one evaluation
       gives the same step as backward and `step()`.
-    - `deterministic`: two runs are the same, and the global random state of torch is not advanced.
     - `maximize`: where the constructor has it, the same as minimising the negated loss.
     - `group_learning_rate`: each group follows its own `lr` (and `weight_decay`, where there is one).
     - `scheduler`: `LambdaLR` steers the steps, the same as writing `lr` into the groups.
-    - `add_param_group`: a group added in mid-run is trained and the run can be saved and resumed.
     - `state_dict_round_trip`: loaded into a fresh optimizer of a fresh model, or back into the same one,
       the run continues the same; in float32 and in bfloat16.
     - `state_dict_saved_safely`: so it does through `torch.save` and `torch.load(weights_only=True)`.
     - `copies`: so does a deep copy, and a pickled copy if the hyper-parameters can be pickled.
-    - `bfloat16`: parameters stay bfloat16, finite, and move.
+    - `add_param_group`: a group added in mid-run is trained and the run can be saved and resumed.
     - `memory_bounded`: neither the state's bytes nor the number of live tensors grow with the steps.
     - `evaluation_point`: where there are `train()` and `eval()`: switching never changes the run, also when
       it is saved in between; a second call does nothing; `step()` in evaluation mode raises `RuntimeError`.
@@ -236,6 +236,33 @@ def _check_raises(name: str, value: Any, where: str, attempt: Callable[[], None]
         raise AssertionError(f"{name}={value!r} is accepted in {where}")
 
 
+def parameters_move(subject: _Subject) -> None:
+    problem = _Problem()
+    before = problem.values()
+    _run(problem, subject.start(problem.parameters))
+    _require(_finite(problem.parameters), "a parameter is not finite after 8 steps")
+    _require(not _same(before, problem.parameters), "no parameter moved in 8 steps")
+
+
+def bfloat16(subject: _Subject) -> None:
+    problem = _Problem(torch.bfloat16)
+    before = problem.values()
+    _run(problem, subject.start(problem.parameters))
+    _require(all(p.dtype == torch.bfloat16 for p in problem.parameters), "a bfloat16 parameter changed its dtype")
+    _require(_finite(problem.parameters), "a bfloat16 parameter is not finite after 8 steps")
+    _require(not _same(before, problem.parameters), "no bfloat16 parameter moved in 8 steps")
+
+
+def deterministic(subject: _Subject) -> None:
+    first, second = _Problem(), _Problem()
+    random_state = torch.get_rng_state()
+    _run(first, subject.start(first.parameters))
+    untouched = torch.equal(random_state, torch.get_rng_state())
+    _run(second, subject.start(second.parameters))
+    _require(_same(first.parameters, second.parameters), "two identical runs differ")
+    _require(untouched, "the global random state of torch is advanced")
+
+
 def nothing_without_backward(subject: _Subject) -> None:
     problem, reference = _Problem(), _Problem()
     optimizer = subject.start(problem.parameters)
@@ -247,14 +274,6 @@ def nothing_without_backward(subject: _Subject) -> None:
     _require(
         _same(problem.parameters, reference.parameters), "step() before any backward changed the steps that follow"
     )
-
-
-def parameters_move(subject: _Subject) -> None:
-    problem = _Problem()
-    before = problem.values()
-    _run(problem, subject.start(problem.parameters))
-    _require(_finite(problem.parameters), "a parameter is not finite after 8 steps")
-    _require(not _same(before, problem.parameters), "no parameter moved in 8 steps")
 
 
 def missing_gradients_left_alone(subject: _Subject) -> None:
@@ -351,16 +370,6 @@ def closure(subject: _Subject) -> None:
         _require(_same(problem.parameters, reference.parameters), "step(closure) differs from backward and step()")
 
 
-def deterministic(subject: _Subject) -> None:
-    first, second = _Problem(), _Problem()
-    random_state = torch.get_rng_state()
-    _run(first, subject.start(first.parameters))
-    untouched = torch.equal(random_state, torch.get_rng_state())
-    _run(second, subject.start(second.parameters))
-    _require(_same(first.parameters, second.parameters), "two identical runs differ")
-    _require(untouched, "the global random state of torch is advanced")
-
-
 def maximize(subject: _Subject) -> None:
     if not subject.accepts("maximize"):
         return
@@ -419,28 +428,6 @@ def scheduler(subject: _Subject) -> None:
     _run(constant, subject.start(constant.parameters))
     _require(not _same(scheduled.parameters, constant.parameters), "steps do not follow the lr that a scheduler sets")
     _require(_same(scheduled.parameters, written.parameters), "a scheduler differs from writing lr into the groups")
-
-
-def add_param_group(subject: _Subject) -> None:
-    problem, resumed = _Problem(), _Problem()
-    first, last = problem.halves()
-    optimizer = subject.start(first)
-    _run(problem, optimizer, 0, 3)
-    optimizer.zero_grad()
-    optimizer.add_param_group({"params": last})
-    before = [p.detach().clone() for p in last]
-    _run(problem, optimizer, 3, 8)
-    _require(_finite(problem.parameters), "a parameter is not finite after a group was added")
-    _require(not _same(before, last), "the parameters of an added group do not move")
-    state, values = copy.deepcopy(optimizer.state_dict()), problem.values()
-    _run(problem, optimizer, 8, 12)
-
-    resumed.assign(values)
-    first, last = resumed.halves()
-    optimizer = subject.start([{"params": first}, {"params": last}])
-    optimizer.load_state_dict(state)
-    _run(resumed, optimizer, 8, 12)
-    _require(_same(problem.parameters, resumed.parameters), "a run with an added group does not resume the same")
 
 
 def state_dict_round_trip(subject: _Subject) -> None:
@@ -508,13 +495,26 @@ def _can_pickle(hyperparameters: Mapping[str, Any]) -> bool:
     return True
 
 
-def bfloat16(subject: _Subject) -> None:
-    problem = _Problem(torch.bfloat16)
-    before = problem.values()
-    _run(problem, subject.start(problem.parameters))
-    _require(all(p.dtype == torch.bfloat16 for p in problem.parameters), "a bfloat16 parameter changed its dtype")
-    _require(_finite(problem.parameters), "a bfloat16 parameter is not finite after 8 steps")
-    _require(not _same(before, problem.parameters), "no bfloat16 parameter moved in 8 steps")
+def add_param_group(subject: _Subject) -> None:
+    problem, resumed = _Problem(), _Problem()
+    first, last = problem.halves()
+    optimizer = subject.start(first)
+    _run(problem, optimizer, 0, 3)
+    optimizer.zero_grad()
+    optimizer.add_param_group({"params": last})
+    before = [p.detach().clone() for p in last]
+    _run(problem, optimizer, 3, 8)
+    _require(_finite(problem.parameters), "a parameter is not finite after a group was added")
+    _require(not _same(before, last), "the parameters of an added group do not move")
+    state, values = copy.deepcopy(optimizer.state_dict()), problem.values()
+    _run(problem, optimizer, 8, 12)
+
+    resumed.assign(values)
+    first, last = resumed.halves()
+    optimizer = subject.start([{"params": first}, {"params": last}])
+    optimizer.load_state_dict(state)
+    _run(resumed, optimizer, 8, 12)
+    _require(_same(problem.parameters, resumed.parameters), "a run with an added group does not resume the same")
 
 
 def memory_bounded(subject: _Subject) -> None:
@@ -616,21 +616,21 @@ def evaluation_point(subject: _Subject) -> None:
 
 CLAUSES: tuple[Callable[[_Subject], None], ...] = (
     hyperparameters_validated,
-    nothing_without_backward,
     parameters_move,
+    bfloat16,
+    deterministic,
+    nothing_without_backward,
     missing_gradients_left_alone,
     zero_gradients_finite,
     sparse_gradients,
     closure,
-    deterministic,
     maximize,
     group_learning_rate,
     scheduler,
-    add_param_group,
     state_dict_round_trip,
     state_dict_saved_safely,
     copies,
-    bfloat16,
+    add_param_group,
     memory_bounded,
     evaluation_point,
 )

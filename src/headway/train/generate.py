@@ -21,7 +21,9 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
         TrainError: there is no model there, or it cannot be read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     run = RunFolder(path)
     if run.config_file.is_file() and not run.complete:
         raise TrainError(f"run {str(path)!r} has no model yet; finish it with: headway train --resume {path}")

@@ -94,7 +94,8 @@ class Trainer:
         self.seconds = 0.0
         self.validation_loss = math.nan
         self.interrupted = False
-        self.events: list[str] = []
+        self.log: MetricsLog | None = None
+        self.events: list[tuple[str, str]] = []
         self.store = None
         if self.run is not None:
             self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep)
@@ -109,12 +110,11 @@ class Trainer:
             CheckpointError: a save failed and `checkpoint.on_error` is "stop".
         """
         config = self.config
-        self.log = None
         if self.run is not None and self.workers.rank == 0:
             self.run.write_json(self.run.environment_file, self.environment())
             self.log = MetricsLog(self.run, after=self.step, warn=self.display.warn)
-            for text in self.events:
-                self._record({"step": self.step, "event": "resumed", "text": text})
+            for kind, text in self.events:
+                self._record({"step": self.step, "event": kind, "text": text})
         self.display.start(self.step, config.train.steps)
         self.model.train()
         try:
@@ -288,9 +288,9 @@ class Trainer:
             set_rng_state(restored.rank_state)
         self.step, self.tokens = restored.step, progress["tokens"]
         self.seconds, self.validation_loss = progress["seconds"], progress["validation_loss"]
-        self.events = [f"checkpoint passed over, {text}" for text in restored.skipped]
-        self.events.append(f"resumed from the checkpoint at step {self.step}")
-        for text in self.events:
+        self.events = [("checkpoint damaged", f"checkpoint passed over: {text}") for text in restored.skipped]
+        self.events.append(("resumed", f"resumed from the checkpoint at step {self.step}"))
+        for _, text in self.events:
             self.display.note(text)
 
     def environment(self) -> dict[str, Any]:

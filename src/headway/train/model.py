@@ -23,6 +23,9 @@ def build_model(section: ModelSection, corpus: Corpus, seed: int) -> Any:
     Raises:
         TrainError: `from` names no usable model, or one whose vocabulary is smaller than the tokenizer's.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # the run has a display of its own
     if section.from_:
         from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,152 @@
+"""Whole runs in processes of their own: kills, interruptions, several workers, a full disk."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LIMIT = 240  # seconds until a hang is called one
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "headway", "train", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def finish(process, code=0) -> str:
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    return output
+
+
+def sets(overrides):
+    return [item for override in overrides for item in ("--set", override)]
+
+
+def losses(run: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def wait_for_step(process, run: Path, step: int):
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and f'{{"step": {step},' in metrics.read_text():
+            return
+        os.sched_yield()
+    pytest.fail(f"step {step} not reached")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny):
+    return sets([*tiny, "train.steps=150", "checkpoint.every=20", "train.evaluate_every=0"])
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(*settings, "--out", run))
+    return losses(run)
+
+
+def test_killed_and_resumed_equals_uninterrupted(settings, whole, tmp_path):
+    run = tmp_path / "run"
+    for step in (30, 77):
+        process = start(*(settings if step == 30 else ()), *(("--out", run) if step == 30 else ("--resume", run)))
+        wait_for_step(process, run, step)
+        process.kill()
+        process.communicate()
+    output = finish(start("--resume", run))
+    assert re.search(r"resumed from the checkpoint at step \d+", output)
+    assert losses(run) == whole
+    assert "is complete" in finish(start("--resume", run))
+
+
+def test_ctrl_c_saves_and_leaves_a_resumable_run(settings, whole, tmp_path):
+    run = tmp_path / "run"
+    process = start(*settings, "--out", run)
+    wait_for_step(process, run, 33)
+    process.send_signal(signal.SIGINT)
+    output = finish(process, code=130)
+    assert f"headway train --resume {run}" in output
+    stopped_at = max(losses(run))
+    assert 33 <= stopped_at < 150
+    assert f"resumed from the checkpoint at step {stopped_at}" in finish(start("--resume", run))
+    assert losses(run) == whole
+
+
+def test_two_workers_with_half_the_batch_each_give_the_losses_of_one(settings, whole, tmp_path):
+    finish(start(*settings, "--workers", 2, "--out", tmp_path / "run"))
+    two = losses(tmp_path / "run")
+    assert list(two) == list(whole)
+    assert list(two.values())[:40] == pytest.approx(list(whole.values())[:40], rel=1e-3)
+
+
+def workers_of(process) -> list[int]:
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in children.stdout.split()]
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_killed_worker_ends_or_restarts_the_run_without_a_hang(settings, whole, tmp_path, restarts):
+    run = tmp_path / "run"
+    process = start(*settings, "--workers", 2, "--out", run, "--set", f"launch.max_restarts={restarts}")
+    wait_for_step(process, run, 45)
+    os.kill(max(workers_of(process)), signal.SIGKILL)
+    output = finish(process, code=0 if restarts else 1)
+    if restarts:
+        assert sorted(losses(run)) == list(range(1, 151))
+    else:
+        assert re.search(r"worker \d failed first: .*SIGKILL", output)
+        assert "resumed from the checkpoint" in finish(start("--resume", run))
+
+
+def test_a_workers_own_error_is_the_one_that_is_told(tiny, tmp_path):
+    diverging = sets([*tiny, "optimizer.name=sgd", "optimizer.lr=1e30", "train.clip_norm=0", "schedule.name=constant"])
+    output = finish(start(*diverging, "--workers", 2, "--out", tmp_path / "run"), code=1)
+    assert re.search(r"error: worker \d failed first: .*step \d+: loss is nan", output)
+
+
+def test_torchrun_runs_the_same_configuration(settings, whole, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "headway", "train"]
+    process = subprocess.Popen(
+        [*command, *settings, "--out", str(run)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    finish(process)
+    assert list(losses(run).values())[:40] == pytest.approx(list(whole.values())[:40], rel=1e-3)
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def mount_small_disk(folder: Path, size: str) -> bool:
+    folder.mkdir()
+    return not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode
+
+
+def test_a_full_disk_fails_saves_and_not_the_training(settings, whole, tmp_path):
+    disk = tmp_path / "disk"
+    if not mount_small_disk(disk, "400k"):
+        pytest.skip("mounting a small disk needs privileges; the failing save is also tested in test_loop.py")
+    try:
+        process = start(*settings, "--out", disk / "run")
+        output, _ = process.communicate(timeout=LIMIT)
+        assert "Traceback" not in output
+        assert re.search(r"checkpoint at step \d+ not saved: No space left on device", output)
+        assert "step 150/150" in output
+        assert list((disk / "run" / "checkpoints").glob("step-*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
