@@ -8,7 +8,7 @@ from headway.schedules import WSDSLR
 
 pytest.importorskip("sklearn")
 
-SMALL = {"chains": 2000, "digits_checkpoints": (400, 800), "seeds": 24}
+SMALL = {"chains": 500, "digits_checkpoints": (300, 600), "seeds": 24}
 
 
 def test_claim_holds_at_a_reduced_size():

@@ -48,7 +48,6 @@ def assert_all_equal(first, second):
 @pytest.mark.parametrize(
     "hyperparameters",
     [
-        {},
         {"projection": "columns", "update_gap": 2},
         {"projection": "randk", "on_change": "reproject", "update_gap": 2},
         {"projection": "svd", "on_change": "keep", "update_gap": 2},
@@ -57,7 +56,7 @@ def assert_all_equal(first, second):
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:density")
-def test_contract(hyperparameters):
+def test_contract_beyond_the_defaults(hyperparameters):
     check_optimizer(Frugal, **hyperparameters)
 
 

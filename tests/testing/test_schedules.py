@@ -1,3 +1,4 @@
+import sys
 import warnings
 from functools import partial
 
@@ -189,8 +190,6 @@ class ScalesWhatItsNeighbourLeft(Line):
                 group["lr"] *= 0.5
 
     def inside_a_chain(self):
-        import sys
-
         frame = sys._getframe(2)
         return isinstance(frame.f_locals.get("self"), torch_schedulers.ChainedScheduler)
 

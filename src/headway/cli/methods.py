@@ -11,7 +11,7 @@ import typer
 from headway.catalogue import ROLES, Method, baselines, find, get, nearest
 from headway.cli.failures import FAILED, WRONG_INPUT, fail
 
-app = typer.Typer(help="The methods that headway brings: list, search, show.", no_args_is_help=False)
+app = typer.Typer(no_args_is_help=False)
 
 
 @app.callback(invoke_without_command=True)

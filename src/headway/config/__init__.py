@@ -137,7 +137,8 @@ def _explain(error: Any) -> str:
     accepted = _ACCEPTED.get(error["type"])
     if accepted is None:
         return f"{key}: {error['msg']}, got {error['input']!r}"
-    return f"{key} must be {accepted.format(**error.get('ctx', {}))}, got {error['input']!r}"
+    bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in error.get("ctx", {}).items()}
+    return f"{key} must be {accepted.format(**bounds)}, got {error['input']!r}"
 
 
 def _one_line(message: str) -> str:

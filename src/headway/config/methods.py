@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from headway.catalogue import get, nearest
 from headway.constraints import Constraint, Range
 
 if TYPE_CHECKING:
+    import torch
+
     from headway.config.schema import MethodSection
 
 __all__ = ["MethodError", "build_optimizer", "build_schedule", "check_method"]
@@ -64,12 +67,20 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
 
     toy = torch.nn.Linear(2, 2)
     try:
-        if role == "optimizer":
-            build_optimizer(section, toy)
-        else:
-            build_schedule(section, torch.optim.SGD(toy.parameters(), lr=1.0), total_steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about the toy says nothing about the model
+            _construct(role, section, toy, total_steps)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise MethodError(f"{role} '{section.name}': {error}") from error
+
+
+def _construct(role: str, section: MethodSection, toy: torch.nn.Module, total_steps: int) -> None:
+    import torch
+
+    if role == "optimizer":
+        build_optimizer(section, toy)
+    else:
+        build_schedule(section, torch.optim.SGD(toy.parameters(), lr=1.0), total_steps)
 
 
 def build_optimizer(section: MethodSection, model: Any) -> Any:

@@ -13,8 +13,7 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,13 +134,6 @@ def _assert_same(got: Trace, expected: Trace, what: str, first: int = 0, toleran
     for offset, (a, b) in enumerate(zip(got, expected, strict=True)):
         same = _close(a, b, tolerance) if tolerance else a == b
         assert same, f"{what}: at step {first + offset} the rates are {a}, expected {b}"
-
-
-@contextmanager
-def _warnings_as_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 # The clauses, in the order in which they are checked: the ones that explain the others come first.
@@ -352,7 +344,8 @@ def _works_inside_chained_scheduler(subject: _Subject) -> None:
 def _stepping_raises_no_warning(subject: _Subject) -> None:
     optimizer = _optimizer()
     schedule = subject.build(optimizer)
-    with _warnings_as_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         for _ in range(LENGTH + 2):
             optimizer.step()
             schedule.step()

@@ -26,7 +26,7 @@ class Display:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._stage = ""
-        self._shown = 0.0
+        self._total = 0
         self._validation: float | None = None
 
     def note(self, text: str, style: str = "") -> None:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,7 +151,9 @@ class Trainer:
         else:
             self._nonfinite(loss_value, grad_norm)
         self.optimizer.zero_grad()
-        self.schedule.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of")  # the very first step may have been left out
+            self.schedule.step()
 
         self.step += 1
         seconds = time.perf_counter() - start
