@@ -42,8 +42,9 @@ def check_optimizer(optimizer_class: type[Optimizer], /, **hyperparameters: Any)
     - `parameters_move`: finite, and some parameter moves.
     - `bfloat16`: parameters stay bfloat16, finite, and move.
     - `deterministic`: two runs are the same, and the global random state of torch is not advanced.
-    - `nothing_without_backward`: a step before any backward changes nothing.
-    - `missing_gradients_left_alone`: a parameter whose gradient is None is not touched, and takes part later.
+    - `nothing_without_backward`: a step before any backward changes nothing, nor the steps that follow.
+    - `missing_gradients_left_alone`: a parameter whose gradient is None is not touched; training goes on when
+      gradients come.
     - `zero_gradients_finite`: gradients that are all zero, from the first step or later, leave everything finite.
     - `sparse_gradients`: used, or refused by a `RuntimeError` that says "sparse", before anything changes.
     - `closure`: runs with gradients enabled even under `no_grad`, its loss is returned, and one evaluation
