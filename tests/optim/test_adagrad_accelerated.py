@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headway.optim import AdaGradAGD, adagrad_accelerated
 from headway.optim.adagrad_accelerated import adagrad_bound
@@ -394,6 +395,28 @@ def test_extra_memory_is_what_the_table_says(variant, mode):
     )
     elements = sum(p.numel() for p in params[:2])
     assert buffers == elements * ((variant != "adagrad") + (mode == "diag"))
+
+
+class NoReadBack(TorchDispatchMode):
+    """Refuses to turn a tensor into a number, which would wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_waits_for_the_device(variant, mode):
+    params = parameters(dtype=torch.bfloat16)
+    optimizer = AdaGradAGD(params, variant=variant, mode=mode, weight_decay=0.1)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with NoReadBack():
+            optimizer.step()
+    with NoReadBack(), pytest.raises(AssertionError):
+        params[0].sum().item()
 
 
 def test_alpha_of_the_next_step_mixes_the_next_point():

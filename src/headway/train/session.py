@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from headway.train.run import RunFolder
 
 if TYPE_CHECKING:
     from headway.train.loop import Result, Trainer
+    from headway.train.workers import Workers
 
 __all__ = ["check_data", "prepare_corpus", "run_worker"]
 
@@ -51,41 +54,53 @@ def run_worker(config: Config, folder: str | Path | None, resume: bool) -> tuple
         folder: the run's folder; None lets the first worker choose one.
         resume: go on from the folder's newest checkpoint.
     """
-    from headway.train.loop import Trainer
     from headway.train.workers import Workers
 
     workers = Workers.from_environment()
-    display = Display(quiet=workers.rank > 0, log_every=config.train.log_every)
-    device = workers.device(config.train.device)
-    workers.connect(device)
+    workers.connect(workers.device(config.train.device))
     try:
-        # The first worker of each machine builds the corpus; the others then find it.
-        if workers.local_rank == 0:
-            corpus = prepare_corpus(config, display)
-        workers.barrier()
-        if workers.local_rank != 0:
-            corpus = prepare_corpus(config, display)
-        if resume and folder is not None:
-            run = RunFolder(folder)
-        else:
-            path = RunFolder.create(folder, config).path if workers.rank == 0 else None
-            run = RunFolder(workers.from_first(path))
-        display.note(f"run folder: {run.path}")
-        trainer = Trainer(config, corpus, run, workers, display)
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        display.note(
-            f"model: {parameters / 1e6:.2f} M parameters, {trainer.precision}; "
-            f"data: {corpus.train_tokens:,} training tokens from {config.data.source}; "
-            f"{config.train.steps:,} steps of {config.batch.size * config.data.sequence_length:,} tokens"
-        )
-        result = trainer.train()
-        if workers.rank == 0:
-            if not result.interrupted:
-                _finish(trainer, run, display)
-            _report(run, display)
-        workers.barrier()
+        return _run_connected(config, folder, resume, workers)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # the frames hold the trainer
+        raise
     finally:
+        # The trainer must be gone before the group is: DistributedDataParallel's reducer, were it the group's last
+        # owner, would wait for gloo's thread while holding the lock that this thread needs.
+        gc.collect()
         workers.disconnect()
+
+
+def _run_connected(
+    config: Config, folder: str | Path | None, resume: bool, workers: Workers
+) -> tuple[RunFolder, Result]:
+    from headway.train.loop import Trainer
+
+    display = Display(quiet=workers.rank > 0, log_every=config.train.log_every)
+    # The first worker of each machine builds the corpus; the others then find it.
+    if workers.local_rank == 0:
+        corpus = prepare_corpus(config, display)
+    workers.barrier()
+    if workers.local_rank != 0:
+        corpus = prepare_corpus(config, display)
+    if resume and folder is not None:
+        run = RunFolder(folder)
+    else:
+        path = RunFolder.create(folder, config).path if workers.rank == 0 else None
+        run = RunFolder(workers.from_first(path))
+    display.note(f"run folder: {run.path}")
+    trainer = Trainer(config, corpus, run, workers, display)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    display.note(
+        f"model: {parameters / 1e6:.2f} M parameters, {trainer.precision}; "
+        f"data: {corpus.train_tokens:,} training tokens from {config.data.source}; "
+        f"{config.train.steps:,} steps of {config.batch.size * config.data.sequence_length:,} tokens"
+    )
+    result = trainer.train()
+    if workers.rank == 0:
+        if not result.interrupted:
+            _finish(trainer, run, display)
+        _report(run, display)
+    workers.barrier()
     return run, result
 
 
