@@ -23,10 +23,10 @@ def _one_thread():
 def notes(tmp_path_factory) -> Path:
     """A folder of small text files, as a person's notes might be."""
     folder = tmp_path_factory.mktemp("notes")
-    words = "the run of a small model on an old machine is slow but it ends with a loss that we can read".split()
+    words = "the run of a small model on an old machine is slow but it ends with a loss that we can read"
     rng = random.Random(0)
     for number in range(40):
-        (folder / f"note{number:02}.txt").write_text(" ".join(rng.choices(words, k=300)))
+        (folder / f"note{number:02}.txt").write_text(" ".join(rng.choices(words.split(), k=300)))
     return folder
 
 

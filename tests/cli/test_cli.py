@@ -27,7 +27,9 @@ def test_the_version_is_printed():
 
 
 def test_the_package_and_the_help_import_nothing_heavy():
-    code = "import sys, headway, headway.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, headway, headway.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

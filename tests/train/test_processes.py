@@ -134,7 +134,9 @@ def test_torchrun_runs_the_same_configuration(settings, whole, tmp_path):
 
 def mount_small_disk(folder: Path, size: str) -> bool:
     folder.mkdir()
-    return not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode
+    return not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+    ).returncode
 
 
 def test_a_full_disk_fails_saves_and_not_the_training(settings, whole, tmp_path):

@@ -20,7 +20,6 @@ def generate(
     """Stream text from a trained model.
 
     Example:
-
         headway generate runs/20261124-101500 --prompt "import os"
     """
     if tokens < 1:

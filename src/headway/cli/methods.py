@@ -25,7 +25,6 @@ def methods(
     """List the methods, or those of a role or with certain words.
 
     Example:
-
         headway methods --role optimizer --find memory
     """
     if context.invoked_subcommand:
@@ -58,7 +57,6 @@ def show(
     """What one method is: signature, paper, claim, example.
 
     Example:
-
         headway methods show frugal
     """
     try:

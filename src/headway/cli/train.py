@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -29,7 +30,6 @@ def train(
     """Train or fine-tune a causal language model on text.
 
     Examples:
-
         headway train
 
         headway train --data ./my-notes --set train.steps=1000
@@ -114,8 +114,6 @@ def _launched(config: Config, run: RunFolder | None, out: Path | None) -> RunFol
     finally:
         display.close()
     run = run or RunFolder.create(out, config)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # the workers have saved; the caller says how to go on
         launch(run, config.launch.workers, config.launch.max_restarts)
-    except KeyboardInterrupt:
-        pass
     return run

@@ -28,7 +28,6 @@ def verify(
     Exits with 3 when a claim does not hold.
 
     Examples:
-
         headway verify frugal --plot frugal.png
 
         headway verify --all --json

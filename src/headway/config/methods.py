@@ -99,7 +99,7 @@ def build_optimizer(section: MethodSection, model: Any) -> Any:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not options.get("weight_decay"):
         return cls(parameters, **options)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
@@ -118,7 +118,7 @@ def build_schedule(section: MethodSection, optimizer: Any, total_steps: int) -> 
     return cls(optimizer, **options)
 
 
-def _parameters(cls: type) -> dict[str, Any]:
+def _parameters(cls: Any) -> dict[str, Any]:
     """The constructor's keyword arguments that a file may set, with their type hints."""
     found: dict[str, Any] = {}
     for function in (cls.__init__, getattr(cls, "for_model", None)):

@@ -203,7 +203,8 @@ class Trainer:
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 self.display.warn(f"torch.compile failed, training goes on without it: {one_line(error)}")
                 self.compiled = False
-                module = self.objective.module if self.workers.count > 1 else self.objective
+                parallel = isinstance(self.objective, DistributedDataParallel)
+                module: Any = self.objective.module if parallel else self.objective
                 module._compiled_call_impl = None  # what Module.compile() has set
                 return self.objective(inputs, targets)
 
@@ -229,7 +230,7 @@ class Trainer:
         """Mean loss over the validation batches, at the point that the optimizer evaluates at."""
         batches = self.corpus.validation_batches(self.micro_batch, self.config.train.evaluate_batches)
         objective = NextTokenLoss(self.model)  # not compiled: a second graph would cost more than it saves
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with self.evaluation_point(), torch.no_grad():
             for index, (x, y) in enumerate(batches):
                 if index % self.workers.count == self.workers.rank:

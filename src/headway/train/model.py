@@ -36,10 +36,10 @@ def build_model(section: ModelSection, corpus: Corpus, seed: int) -> Any:
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and corpus.sequence_length > longest:
             raise TrainError(f"data.sequence_length must be <= {longest} for this model, got {corpus.sequence_length}")
-        if corpus.vocab_size > model.get_input_embeddings().num_embeddings:
+        known = model.config.get_text_config().vocab_size
+        if corpus.vocab_size > known:
             raise TrainError(
-                f"data.tokenizer has {corpus.vocab_size} tokens, "
-                f"model.from {section.from_!r} only {model.get_input_embeddings().num_embeddings}"
+                f"data.tokenizer has {corpus.vocab_size} tokens, model.from {section.from_!r} only {known}"
             )
         return model
 

@@ -140,7 +140,7 @@ class MetricsLog:
             for name, value in record.items():
                 if name != "step" and isinstance(value, int | float):
                     self._events.add_scalar(name, value, record["step"])
-        except Exception as error:  # noqa: BLE001  the writer's thread may fail with whatever the disk gave it
+        except Exception as error:
             self._events_failed = True
             self._warn(f"TensorBoard events are not being written: {' '.join(str(error).split())}")
 

@@ -116,7 +116,9 @@ def _finish(trainer: Trainer, run: RunFolder, display: Display) -> None:
             tokenizer.save_pretrained(run.model)
         except OSError as error:
             reason = error.strerror or error
-            raise TrainError(f"the model was not written: {reason}; free space, then: headway train --resume") from error
+            raise TrainError(
+                f"the model was not written: {reason}; free space, then: headway train --resume"
+            ) from error
     if samples:
         display.note(f"sample:\n{samples[0]['prompt']}{samples[0]['text']}")
 
@@ -137,4 +139,3 @@ def _report(run: RunFolder, display: Display) -> None:
         write_report(run.path)
     except OSError as error:
         display.warn(f"the report was not written: {error.strerror or error}")
-

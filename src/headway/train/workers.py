@@ -15,7 +15,7 @@ __all__ = ["Workers"]
 
 @dataclass(frozen=True)
 class Workers:
-    """This process's place among the workers. One worker needs no process group.
+    """The place of one process among the workers. One worker needs no process group.
 
     `local_count` is the number of workers on this machine, which share its cores.
     """
