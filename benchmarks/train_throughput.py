@@ -1,18 +1,19 @@
 """Tokens/s of `headway train` against Hugging Face `Trainer` at its defaults and against a loop written by hand.
 
-The same model, batch and data for all three, each in a process of its own (as a user would run it), in
-alternation, several rounds; ratios are taken within a round and the median over rounds is reported.
+    python benchmarks/train_throughput.py [--steps 30]
 
-    python benchmarks/train_throughput.py [--rounds 5] [--steps 12]
+The same model, batch and data for all three, each in a process of its own. The processes take turns, one step
+each while the others wait, so that all meet the machine in the same state (a shared machine's speed can change
+severalfold within a minute); ratios are taken within a turn and the median over the turns is reported. Each
+process does some steps before its first turn (compilation, caches).
 
 The hand-written loop is the best one we know: compiled, bf16 where the processor has it, fused AdamW,
-pre-tokenised data. Steps before the third are left out of every rate (compilation, caches).
+pre-tokenised data. `Trainer` is timed from its `on_step_begin` to its `on_step_end`, so without its data loading.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -52,20 +53,44 @@ def bf16() -> bool:
     return _precision("auto", torch.device("cpu"), Display(quiet=True)) == "bf16"
 
 
-def headway(steps: int) -> list[float]:
+class Turn:
+    """One step's turn: waits for a line on the input, then tells the seconds on the output."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.warm_up = SKIPPED
+
+    def begin(self) -> None:
+        self.warm_up -= 1
+        if self.warm_up < 0 and not sys.stdin.readline():
+            raise SystemExit
+        self.start = time.perf_counter()
+
+    def end(self) -> None:
+        seconds = time.perf_counter() - self.start
+        if self.warm_up <= 0:
+            print(f"turn {seconds if self.warm_up else 0}", flush=True)  # the last step of the warm-up: ready
+
+
+def headway(steps: int) -> None:
     from headway.train.loop import Trainer
+    from headway.train.run import RunFolder
 
     config, corpus, _ = parts(steps)
     with tempfile.TemporaryDirectory() as folder:
-        from headway.train.run import RunFolder
+        trainer = Trainer(config, corpus, RunFolder.create(f"{folder}/run", config))
+        turn, one_step = Turn(), trainer._one_step
 
-        run = RunFolder.create(f"{folder}/run", config)
-        Trainer(config, corpus, run).train()
-        records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    return [BATCH * LENGTH / record["tokens_per_second"] for record in records if "loss" in record]
+        def timed_step():
+            turn.begin()
+            one_step()
+            turn.end()
+
+        trainer._one_step = timed_step
+        trainer.train()
 
 
-def by_hand(steps: int) -> list[float]:
+def by_hand(steps: int) -> None:
     import torch
     import torch.nn.functional as F
 
@@ -77,9 +102,9 @@ def by_hand(steps: int) -> list[float]:
     def loss_of(x, y):
         return F.cross_entropy(model(input_ids=x, use_cache=False).logits.float().flatten(0, 1), y.flatten())
 
-    seconds = []
+    turn = Turn()
     for step in range(steps):
-        start = time.perf_counter()
+        turn.begin()
         x, y = corpus.batch(step, batch_size=BATCH, seed=0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = loss_of(x, y)
@@ -88,11 +113,10 @@ def by_hand(steps: int) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        turn.end()
 
 
-def trainer(steps: int) -> list[float]:
+def trainer(steps: int) -> None:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -107,39 +131,58 @@ def trainer(steps: int) -> list[float]:
             return {"input_ids": x[0], "labels": x[0]}
 
     class Clock(TrainerCallback):
-        def __init__(self):
-            self.ticks = []
+        turn = Turn()
 
-        def on_train_begin(self, *args, **kwargs):
-            self.ticks.append(time.perf_counter())
+        def on_step_begin(self, *args, **kwargs):
+            self.turn.begin()
 
-        on_step_end = on_train_begin
+        def on_step_end(self, *args, **kwargs):
+            self.turn.end()
 
-    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, per_device_train_batch_size=BATCH, max_steps=steps, report_to="none")
-        Trainer(model, arguments, train_dataset=Blocks(), callbacks=[clock]).train()
-    return [b - a for a, b in zip(clock.ticks, clock.ticks[1:], strict=False)]
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=BATCH, max_steps=steps, report_to="none", disable_tqdm=True
+        )
+        Trainer(model, arguments, train_dataset=Blocks(), callbacks=[Clock()]).train()
 
 
 CONTENDERS = {"headway": headway, "by hand": by_hand, "Trainer": trainer}
 
 
-def measure(name: str, steps: int) -> float:
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", name, "--steps", str(steps)], capture_output=True, text=True, check=True
-    )
-    return statistics.median(json.loads(done.stdout.splitlines()[-1])[SKIPPED:])
+class Contender:
+    """A contender's process, one step at a time."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.name = name
+        self.seconds: list[float] = []
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--one", name, "--steps", str(steps)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer()
+
+    def _answer(self) -> float:
+        for line in self.process.stdout:
+            if line.startswith("turn "):
+                return float(line.split()[1])
+        raise SystemExit(f"{self.name} ended early")
+
+    def step(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.seconds.append(self._answer())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(CONTENDERS[options.one](options.steps)))
+        CONTENDERS[options.one](options.steps + SKIPPED + 1)
         return
 
     import torch
@@ -154,19 +197,18 @@ def main() -> None:
     # 6 per parameter and token for the products (the tied embedding counts once, as the head), and the causal
     # scores and sums of attention at half their square.
     flops = 6 * count * tokens + 6 * SIZES["layers"] * SIZES["hidden_size"] * LENGTH * tokens
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    contenders = {name: Contender(name, options.steps) for name in CONTENDERS}
     shares = []
-    for round_ in range(options.rounds):
-        # The peers change places from round to round, so that drift of the machine favours none.
-        names = list(CONTENDERS)[round_ % 3 :] + list(CONTENDERS)[: round_ % 3]
-        for name in names:
-            seconds[name].append(measure(name, options.steps))
-        shares.append(flops / seconds["headway"][-1] / matmul_rate(dtype))
-        print(
-            f"round {round_ + 1}: " + ", ".join(f"{name} {tokens / s[-1]:,.0f} tokens/s" for name, s in seconds.items())
-        )
+    for turn in range(options.steps):
+        order = list(contenders.values())
+        for contender in order[turn % 3 :] + order[: turn % 3]:
+            contender.step()
+        shares.append(flops / contenders["headway"].seconds[-1] / matmul_rate(dtype, seconds=0.3))
+    for contender in contenders.values():
+        contender.process.kill()
+        print(f"{contender.name}: {tokens / statistics.median(contender.seconds):,.0f} tokens/s (median)")
     for peer, wanted in (("Trainer", 2.0), ("by hand", 0.97)):
-        ratios = [b / a for a, b in zip(seconds["headway"], seconds[peer], strict=True)]
+        ratios = [b / a for a, b in zip(contenders["headway"].seconds, contenders[peer].seconds, strict=True)]
         print(f"headway / {peer}: median {median_and_spread(ratios)}, wanted >= {wanted}")
     print(f"{count / 1e6:.2f} M parameters, {tokens} tokens per step, {flops / 1e9:.1f} GFLOP per step")
     print(f"share of the measured {dtype} matrix-product rate: median {median_and_spread(shares)}")

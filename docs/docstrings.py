@@ -22,7 +22,7 @@ class PlainText(Extension):
 
 
 def as_markdown(text: str) -> str:
-    """The docstring `text` with its doctests fenced.
+    r"""The docstring `text` with its doctests fenced.
 
     >>> print(as_markdown("Add::\n\n    a + b\n\n>>> 1 + 1\n2"))
     Add:

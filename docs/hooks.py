@@ -7,9 +7,10 @@ from its schema. Nothing of them is written by hand, so nothing of them can go s
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,25 +92,18 @@ def configuration_tables(meanings: Mapping[str, Mapping[str, str]]) -> str:
 def method_page(row: Method) -> str:
     """The page of one method: summary, use, the last verified claim, and the API."""
     name = row.object.partition(":")[2]
-    module = importlib.import_module(row.module)
-    others = [other for other in getattr(module, "__all__", ()) if other != name]
-    use = "model.parameters(), ..." if row.role == "optimizer" else "optimizer, ..."
+    others = [other for other in importlib.import_module(row.module).__all__ if other != name]
+    section = ROLES[row.role].section
     parts = [
         f"# {row.title}",
         row.summary,
-        _table(
-            ("", ""),
-            [
-                ("slug", f"`{row.slug}`"),
-                ("role", f"{row.role} (section `[{ROLES[row.role].section}]` of a configuration)"),
-                ("paper", f"{row.paper}, {_arxiv(row)}"),
-                ("install", f'`pip install "headway[{row.extra}]"`' if row.extra else "nothing beyond the core"),
-            ],
-        ),
+        f"- Slug `{row.slug}`, role {row.role}: section `[{section}]` of a configuration\n"
+        f"- Paper: {row.paper}, {_arxiv(row)}\n"
+        "- Needs " + (f'`pip install "headway[{row.extra}]"`' if row.extra else "nothing beyond the core install"),
         "## Use",
-        f"```python\nfrom {row.module} import {name}\n\n{row.role} = {name}({use})\n```",
-        f'```toml\n[{ROLES[row.role].section}]\nname = "{row.slug}"\n```',
-        f"```console\n$ headway train --set {ROLES[row.role].section}.name={row.slug}\n$ headway verify {row.slug}\n```",
+        f"```python\nfrom {row.module} import {name}\n\n{_construction(row)}\n```",
+        f'```toml\n[{section}]\nname = "{row.slug}"\n```',
+        f"```console\n$ headway train --set {section}.name={row.slug}\n$ headway verify {row.slug}\n```",
         "## Claim",
         claim_section(row),
         "## API",
@@ -129,7 +123,7 @@ def claim_section(row: Method) -> str:
             check["what"],
             f"{check['measured']:.4g}",
             "" if check["baseline"] is None else f"{check['baseline']:.4g}",
-            f"{check['relation']} {check['threshold']:.4g}",
+            f"{'≤' if check['relation'] == '<=' else '≥'} {check['threshold']:.4g}",
             "holds" if check["holds"] else "**fails**",
         )
         for check in claim["checks"]
@@ -144,6 +138,17 @@ def claim_section(row: Method) -> str:
     if (CLAIMS / f"{row.slug}.svg").is_file():
         parts.append(f"![What the claim of {row.slug} measured](../claims/{row.slug}.svg){{ .claim }}")
     return "\n\n".join(part for part in parts if part)
+
+
+def _construction(row: Method) -> str:
+    """The line of Python that builds the method with what it requires."""
+    cls = row.load()
+    if hasattr(cls, "for_model"):
+        return f"{row.role} = {cls.__name__}.for_model(model)"
+    first, *others = inspect.signature(cls).parameters.values()
+    required = [f"{other.name}={other.name}" for other in others if other.default is other.empty]
+    given = {"params": "model.parameters()"}.get(first.name, first.name)
+    return f"{row.role} = {cls.__name__}({', '.join([given, *required])})"
 
 
 def _claim(row: Method) -> dict[str, Any] | None:
@@ -179,7 +184,7 @@ def _own_options(section: type[MethodSection]) -> str:
 
 def _accepted(name: str, section: type, schema: Mapping[str, Any]) -> str:
     if issubclass(section, MethodSection):
-        return "a slug of role " + name
+        return f"a [slug](methods/index.md) of role {name}"
     if "enum" in schema:
         return ", ".join(f'`"{value}"`' for value in schema["enum"])
     kind = {
@@ -194,7 +199,7 @@ def _accepted(name: str, section: type, schema: Mapping[str, Any]) -> str:
     return f"{kind} {', '.join(bounds)}".strip()
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], align: str = "") -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], align: str = "") -> str:
     rule = ["---:" if side == "r" else "---" for side in align.ljust(len(header), "l")]
     lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

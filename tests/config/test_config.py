@@ -36,7 +36,7 @@ def test_a_method_that_is_named_starts_from_its_own_defaults():
 
 
 def test_the_default_warm_up_fits_any_number_of_steps():
-    assert [load(overrides=[f"train.steps={n}"]).schedule.options["warmup_steps"] for n in (1, 50, 400)] == [0, 5, 20]
+    assert [load(overrides=[f"train.steps={n}"]).schedule.options["warmup_steps"] for n in (1, 50, 320)] == [0, 5, 20]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_default_warm_up_fits_any_number_of_steps():
         ("batch.micro_batch=3", "batch.micro_batch must divide a worker's share of the batch (8), got 3"),
         ("launch.workers=3", "batch.size must be a multiple of launch.workers (3), got 8"),
         ("model.heads=5", "model.hidden_size must be an even multiple of model.heads (5), got 192"),
-        ("schedule.warmup_steps=400", "warmup_steps must be < total_steps = 400, got 400"),
+        ("schedule.warmup_steps=320", "warmup_steps must be < total_steps = 320, got 320"),
         ("data=3", "data must be a section, got 3"),
         ("steps", "an override is written section.key=value, got 'steps'"),
         ("a.b.c=1", "an override is written section.key=value, got 'a.b.c=1'"),

@@ -111,10 +111,10 @@ class BatchSection(Section):
 class TrainSection(Section):
     """`[train]`: the loop itself."""
 
-    steps: Count = 400
+    steps: Count = 320
     seed: CountOrZero = 0
     clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 0: no clipping
-    evaluate_every: CountOrZero = 100  # 0: only at the end
+    evaluate_every: CountOrZero = 80  # 0: only at the end
     evaluate_batches: Count = 16
     log_every: Count = 10
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -127,7 +127,7 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     """`[checkpoint]`: how often, how many are kept, and whether a failed save ends the run."""
 
-    every: CountOrZero = 100  # 0: only at the end and on interruption
+    every: CountOrZero = 80  # 0: only at the end and on interruption
     keep: Count = 2
     on_error: Literal["warn", "stop"] = "warn"
 
@@ -174,7 +174,7 @@ class Config(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("schedule", {}), dict):
             return raw
         schedule, train = raw.get("schedule", {}), raw.get("train", {})
-        steps = train.get("steps", 400) if isinstance(train, dict) else 400
+        steps = train.get("steps", TrainSection.model_fields["steps"].default) if isinstance(train, dict) else None
         if "name" in schedule or "warmup_steps" in schedule or not isinstance(steps, int):
             return raw
         return {**raw, "schedule": {"warmup_steps": max(0, min(20, steps // 10)), **schedule}}
