@@ -121,13 +121,19 @@ def test_a_workers_own_error_is_the_one_that_is_told(tiny, tmp_path):
     assert re.search(r"error: worker \d failed first: .*step \d+: loss is .*not finite: model\.", output)
 
 
-def test_torchrun_runs_the_same_configuration(settings, whole, tmp_path):
+def test_torchrun_runs_the_same_configuration_and_restarts_it(settings, whole, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "headway", "train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    command += ["-m", "headway", "train"]
     process = subprocess.Popen(
         [*command, *settings, "--out", str(run)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    finish(process)
+    wait_for_step(process, run, 45)
+    os.kill(max(workers_of(process)), signal.SIGKILL)
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, output
+    assert "resumed from the checkpoint at step 40" in output
+    assert list(losses(run)) == list(whole)
     assert list(losses(run).values())[:40] == pytest.approx(list(whole.values())[:40], rel=1e-3)
     assert (run / "model" / "model.safetensors").is_file()
 

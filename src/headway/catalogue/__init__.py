@@ -112,7 +112,7 @@ def baselines(role: str | None = None) -> list[Method]:
 def find(text: str = "", role: str | None = None) -> list[Method]:
     """The methods whose slug, title, summary or paper contain every word of `text`, case-insensitively.
 
-    >>> [method.slug for method in find("budget schedule", role="schedule")]
+    >>> [method.slug for method in find("small budget", role="schedule")]
     ['rex']
     """
     words = text.lower().split()

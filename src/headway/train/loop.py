@@ -351,15 +351,16 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     (Compiled code would otherwise add up the embedding's gradient with atomic operations.)
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+        memory.fill_uninitialized_memory = False  # costs a pass over every new tensor
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 def _due(step: int, every: int) -> bool:

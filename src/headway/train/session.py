@@ -82,11 +82,11 @@ def _run_connected(
     workers.barrier()
     if workers.local_rank != 0:
         corpus = prepare_corpus(config, display)
-    if resume and folder is not None:
-        run = RunFolder(folder)
-    else:
-        path = RunFolder.create(folder, config).path if workers.rank == 0 else None
-        run = RunFolder(workers.from_first(path))
+    path = None
+    if workers.rank == 0:
+        theirs = folder is not None and workers.restarts > 0 and RunFolder(folder).config_file.is_file()
+        path = folder if resume or theirs else RunFolder.create(folder, config).path
+    run = RunFolder(workers.from_first(path))
     display.note(f"run folder: {run.path}")
     trainer = Trainer(config, corpus, run, workers, display)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())

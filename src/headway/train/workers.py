@@ -17,13 +17,15 @@ __all__ = ["Workers"]
 class Workers:
     """The place of one process among the workers. One worker needs no process group.
 
-    `local_count` is the number of workers on this machine, which share its cores.
+    `local_count` is the number of workers on this machine, which share its cores; `restarts` counts how
+    often the elastic agent has started them again.
     """
 
     rank: int
     count: int
     local_rank: int
     local_count: int
+    restarts: int = 0
 
     @classmethod
     def from_environment(cls) -> Workers:
@@ -33,6 +35,7 @@ class Workers:
             count=int(os.environ.get("WORLD_SIZE", 1)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             local_count=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 
     def device(self, wanted: str) -> torch.device:
@@ -47,7 +50,13 @@ class Workers:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+            timeout = datetime.timedelta(minutes=10)
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timeout))
+            if self.local_count == self.count:
+                # torch 2.13's agent keeps one store over restarts: without a prefix, a worker can read the address
+                # that its peer had before. (On several machines the agents' counts differ, and only they can tell.)
+                store = dist.PrefixStore(f"attempt-{self.restarts}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=timeout)
 
     def disconnect(self) -> None:
         """Leave the process group."""
