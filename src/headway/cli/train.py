@@ -108,11 +108,7 @@ def _launched(config: Config, run: RunFolder | None, out: Path | None) -> RunFol
     from headway.train.run import RunFolder
     from headway.train.session import prepare_corpus
 
-    display = Display()
-    try:
-        prepare_corpus(config, display)
-    finally:
-        display.close()
+    prepare_corpus(config, Display())
     run = run or RunFolder.create(out, config)
     with contextlib.suppress(KeyboardInterrupt):  # the workers have saved; the caller says how to go on
         launch(run, config.launch.workers, config.launch.max_restarts)

@@ -33,17 +33,20 @@ def prepare_corpus(config: Config, display: Display) -> Corpus:
     """
     data = config.data
     tokenizer = config.model.from_ if config.model.from_ and data.tokenizer == "train" else data.tokenizer
-    return prepare(
-        data.source,
-        sequence_length=data.sequence_length,
-        vocab_size=data.vocab_size,
-        tokenizer=tokenizer,
-        validation_fraction=data.validation_fraction,
-        text_field=data.text_field,
-        cache_dir=data.cache_dir or None,
-        progress=display.data,
-        report=display.warn,
-    )
+    try:
+        return prepare(
+            data.source,
+            sequence_length=data.sequence_length,
+            vocab_size=data.vocab_size,
+            tokenizer=tokenizer,
+            validation_fraction=data.validation_fraction,
+            text_field=data.text_field,
+            cache_dir=data.cache_dir or None,
+            progress=display.data,
+            report=display.warn,
+        )
+    finally:
+        display.close()
 
 
 def run_worker(config: Config, folder: str | Path | None, resume: bool) -> tuple[RunFolder, Result]:
