@@ -57,6 +57,7 @@ def run_worker(config: Config, folder: str | Path | None, resume: bool) -> tuple
         folder: the run's folder; None lets the first worker choose one.
         resume: go on from the folder's newest checkpoint.
     """
+    from headway.train.model import one_line
     from headway.train.workers import Workers
 
     workers = Workers.from_environment()
@@ -65,6 +66,8 @@ def run_worker(config: Config, folder: str | Path | None, resume: bool) -> tuple
         return _run_connected(config, folder, resume, workers)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # the frames hold the trainer
+        if workers.count > 1 and isinstance(error, RuntimeError) and "gloo" in str(error):
+            raise TrainError(f"the connection to another worker was lost: {one_line(error)}") from error
         raise
     finally:
         # The trainer must be gone before the group is: DistributedDataParallel's reducer, were it the group's last
