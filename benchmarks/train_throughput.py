@@ -1,11 +1,13 @@
 """Tokens/s of `headway train` against Hugging Face `Trainer` at its defaults and against a loop written by hand.
 
-    python benchmarks/train_throughput.py [--steps 30]
+    python benchmarks/train_throughput.py [--steps 30] [--profile]
 
 The same model, batch and data for all three, each in a process of its own. The processes take turns, one step
 each while the others wait, so that all meet the machine in the same state (a shared machine's speed can change
 severalfold within a minute); ratios are taken within a turn and the median over the turns is reported. Each
 process does some steps before its first turn (compilation, caches).
+
+`--profile` prints instead where a step of `headway train` spends its time.
 
 The hand-written loop is the best one we know: compiled, bf16 where the processor has it, fused AdamW,
 pre-tokenised data. `Trainer` is timed from its `on_step_begin` to its `on_step_end`, so without its data loading.
@@ -146,6 +148,26 @@ def trainer(steps: int) -> None:
         Trainer(model, arguments, train_dataset=Blocks(), callbacks=[Clock()]).train()
 
 
+def profile(steps: int) -> None:
+    """The shares of a step by operator; compiled element-wise code appears as its graph's own time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    from headway.train.loop import Trainer
+
+    config, corpus, _ = parts(steps)
+    trainer = Trainer(config, corpus)
+    for _ in range(SKIPPED):
+        trainer._one_step()
+    with record(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            trainer._one_step()
+    rows = sorted(recorded.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    for row in rows[:8]:
+        print(f"{row.self_cpu_time_total / total:6.1%}  {row.key[:80]}")
+
+
 CONTENDERS = {"headway": headway, "by hand": by_hand, "Trainer": trainer}
 
 
@@ -180,7 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    if options.profile:
+        profile(options.steps)
+        return
     if options.one:
         CONTENDERS[options.one](options.steps + SKIPPED + 1)
         return

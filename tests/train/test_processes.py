@@ -89,11 +89,16 @@ def test_ctrl_c_saves_and_leaves_a_resumable_run(settings, whole, tmp_path):
     assert losses(run) == whole
 
 
+def assert_equal_to_float_tolerance(run: dict[int, float], whole: dict[int, float]):
+    """Rounding differs with the order of sums; training then makes the difference grow (6e-5 after 150 steps here)."""
+    assert list(run) == list(whole)
+    assert list(run.values())[:40] == pytest.approx(list(whole.values())[:40], rel=1e-5)
+    assert list(run.values()) == pytest.approx(list(whole.values()), rel=1e-3)
+
+
 def test_two_workers_with_half_the_batch_each_give_the_losses_of_one(settings, whole, tmp_path):
     finish(start(*settings, "--workers", 2, "--out", tmp_path / "run"))
-    two = losses(tmp_path / "run")
-    assert list(two) == list(whole)
-    assert list(two.values())[:40] == pytest.approx(list(whole.values())[:40], rel=1e-3)
+    assert_equal_to_float_tolerance(losses(tmp_path / "run"), whole)
 
 
 def workers_of(process) -> list[int]:
@@ -109,7 +114,7 @@ def test_a_killed_worker_ends_or_restarts_the_run_without_a_hang(settings, whole
     os.kill(max(workers_of(process)), signal.SIGKILL)
     output = finish(process, code=0 if restarts else 1)
     if restarts:
-        assert sorted(losses(run)) == list(range(1, 151))
+        assert_equal_to_float_tolerance(losses(run), whole)
     else:
         assert re.search(r"worker \d failed first: .*SIGKILL", output)
         assert "resumed from the checkpoint" in finish(start("--resume", run))
@@ -133,8 +138,7 @@ def test_torchrun_runs_the_same_configuration_and_restarts_it(settings, whole, t
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     assert "resumed from the checkpoint at step 40" in output
-    assert list(losses(run)) == list(whole)
-    assert list(losses(run).values())[:40] == pytest.approx(list(whole.values())[:40], rel=1e-3)
+    assert_equal_to_float_tolerance(losses(run), whole)
     assert (run / "model" / "model.safetensors").is_file()
 
 
