@@ -1,14 +1,13 @@
 import copy
 import io
 import math
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -532,26 +531,20 @@ def train(network, inputs, targets, mode):
 
 
 def rank_main(rank, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    inputs, targets = batch()
+    half = slice(4 * rank, 4 * rank + 4)
+    results = {}
+    for mode in MODES:
+        network = nn.parallel.DistributedDataParallel(model())
+        results["replicas", mode] = train(network, inputs[half], targets[half], mode)
+    mesh = init_device_mesh("cpu", (2,))
+    for mode in MODES:
+        results["shards", mode] = train_shards(mesh, mode)
     try:
-        inputs, targets = batch()
-        half = slice(4 * rank, 4 * rank + 4)
-        results = {}
-        for mode in MODES:
-            network = nn.parallel.DistributedDataParallel(model())
-            results["replicas", mode] = train(network, inputs[half], targets[half], mode)
-        mesh = init_device_mesh("cpu", (2,))
-        for mode in MODES:
-            results["shards", mode] = train_shards(mesh, mode)
-        try:
-            AdaGradAGD([nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))])
-        except ValueError as error:
-            results["refusal"] = str(error)
-        torch.save(results, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        AdaGradAGD([nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))])
+    except ValueError as error:
+        results["refusal"] = str(error)
+    torch.save(results, f"{folder}/rank{rank}.pt")
 
 
 def train_shards(mesh, mode):
@@ -574,14 +567,7 @@ def train_shards(mesh, mode):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.start_processes(rank_main, args=(str(folder),), nprocs=2, join=False, start_method="spawn")
-    deadline = 120
-    while not processes.join(timeout=10):
-        deadline -= 10
-        if deadline <= 0:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail("two ranks did not finish in 120 s")
+    run_ranks(rank_main, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,13 +1,11 @@
 import copy
 import io
 import json
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -506,9 +504,6 @@ def test_plain_modules_are_grouped_by_layer_type_and_frozen_parameters_left_out(
 
 
 def train_replica(rank, directory, projections):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{directory}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.manual_seed(rank)  # the ranks' own random streams differ; the drawn subspaces must not
     results = {}
     for projection in projections:
@@ -521,18 +516,11 @@ def train_replica(rank, directory, projections):
             optimizer.step()
         results[projection] = [list(model.parameters()), optimizer.state_dict()["state"]]
     torch.save(results, f"{directory}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_draw_the_same_subspaces(tmp_path):
     projections = ["blocks", *TENSOR_PROJECTIONS]
-    context = mp.spawn(train_replica, args=(str(tmp_path), projections), nprocs=2, join=False)
-    try:
-        assert any(context.join(timeout=120) for _ in range(2))  # returns as each of the two ends
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_ranks(train_replica, tmp_path, projections)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for projection in projections:
         (first, first_state), (second, second_state) = (result[projection] for result in results)

@@ -3,13 +3,12 @@
 import errno
 import json
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.ranks import RANKS, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -17,7 +16,6 @@ from headway.resilience import CheckpointError, CheckpointStore
 from headway.resilience import storage as storage_module
 from headway.resilience.storage import read_metadata, write_file
 
-RANKS = 2
 FULL = torch.arange(4000.0).reshape(4, 1000)
 
 
@@ -146,17 +144,8 @@ SCENES = (
 
 
 def play(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(os.path.join(folder, "rendezvous"), RANKS),
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),
-    )
     answers = {scene.__name__: scene(rank, os.path.join(folder, scene.__name__)) for scene in SCENES}
     Path(folder, f"answers-{rank}.json").write_text(json.dumps(answers))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -168,14 +157,7 @@ def folder(tmp_path_factory):
 def answers(folder):
     """What every scene gave on every rank: {scene: [rank 0, rank 1]}."""
     CheckpointStore(folder / "one_process_had_saved").save(5, state(5), rank_state(7))
-    context = mp.spawn(play, args=(str(folder),), nprocs=RANKS, join=False)
-    try:
-        # True only when both have ended; raises what a process raised.
-        assert any(context.join(timeout=40) for _ in range(RANKS + 1)), "the processes did not end in time"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
+    run_ranks(play, folder)
     ranks = [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(RANKS)]
     return {scene: [answer[scene] for answer in ranks] for scene in ranks[0]}
 
