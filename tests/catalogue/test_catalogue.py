@@ -10,7 +10,24 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {role.package: role for role in catalogue.ROLES.values()}
 # Modules that stand below several methods of their package, or are no method.
 SHARED = {
-    "headway.optim": {"evaluation_point", "subspace"},
+    "headway.optim": {
+        "checks",
+        "consensus",
+        "curvature",
+        "damped_solve",
+        "evaluation_point",
+        "grouping",
+        "line_search",
+        "mirror",
+        "opposing_pairs",
+        "polar",
+        "quantile",
+        "quantized_state",
+        "spikes",
+        "state",
+        "subspace",
+        "wrapper",
+    },
     "headway.schedules": {"profile"},
 }
 

@@ -26,9 +26,9 @@ def test_every_clause_is_described():
     assert all(f"`{clause.__name__}`:" in check_optimizer.__doc__ for clause in CLAUSES)
 
 
-def test_rprop_breaks_the_clause_on_schedulers():
-    # Its step sizes take lr once, at the first step.
-    with pytest.raises(AssertionError, match="Rprop breaks the clause 'scheduler'"):
+def test_rprop_hides_a_gradient_that_is_not_finite():
+    # It is remembered as the previous gradient, and its sign moves nothing.
+    with pytest.raises(AssertionError, match="Rprop breaks the clause 'nonfinite_gradients'"):
         check_optimizer(torch.optim.Rprop)
 
 

@@ -47,7 +47,7 @@ class MethodSection(Section):
     def _fill(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        name = raw.get("name", next(iter(cls.defaults)))
+        name = raw["name"] if "name" in raw else next(iter(cls.defaults))
         chosen = cls.defaults.get(name, {}) if isinstance(name, str) else {}
         return {"name": name, **chosen, **raw}
 

@@ -1,6 +1,133 @@
 """Optimizers: each a `torch.optim.Optimizer`."""
 
-from headway.optim.adagrad_accelerated import AdaGradAGD
-from headway.optim.frugal import Frugal, frugal_param_groups
+from headway.optim.adagrad_accelerated import (
+    AdaGradAGD,
+    adagrad_bound,
+)
+from headway.optim.adahessian import (
+    AdaHessian,
+)
+from headway.optim.consensus import (
+    CBO,
+    cbo_minimize,
+)
+from headway.optim.consensus_based_optimization import (
+    ConsensusBasedOptimizer,
+    ModuleCBO,
+)
+from headway.optim.coordinate_clipping import (
+    CoordinateClip,
+    clip_top_coordinates_,
+    compare_directions,
+    directional_sharpness,
+)
+from headway.optim.diffgrad import (
+    DiffGrad,
+)
+from headway.optim.frugal import (
+    Frugal,
+    frugal_param_groups,
+)
+from headway.optim.gradient_normalized_smoothness import (
+    GNSNewton,
+    exact_hessian,
+    fisher,
+    gns_minimize,
+    power_norm,
+    weighted_gauss_newton,
+)
+from headway.optim.last_iterate_mirror_descent import (
+    CompositeMirrorDescent,
+    LastIterateLR,
+    StepSize,
+    last_iterate_lambda,
+    suggest_eta,
+)
+from headway.optim.normalized_logistic_gd import (
+    NormalizedLogisticGD,
+    separate,
+)
+from headway.optim.opposing_pairs import (
+    OpposingSignals,
+    Pair,
+)
+from headway.optim.opposing_signals import (
+    SplitSGD,
+)
+from headway.optim.optimistic_mirror_descent import (
+    OptimisticEnsemble,
+    OptimisticOMD,
+    SEAOptimizer,
+)
+from headway.optim.perpgrad_stablemax import (
+    PerpGrad,
+    StableMaxCrossEntropyLoss,
+    log_stablemax,
+    project_orthogonal_gradients_,
+    softmax_collapse_fraction,
+    stablemax,
+    stablemax_cross_entropy,
+)
+from headway.optim.spam import (
+    SPAM,
+    GradientSpikeMonitor,
+    GradientSpikes,
+    spam_param_groups,
+)
+from headway.optim.target_surrogate import (
+    TargetSurrogate,
+    autograd_target_grad,
+)
+from headway.optim.wrapper import (
+    OptimizerWrapper,
+)
 
-__all__ = ["AdaGradAGD", "Frugal", "frugal_param_groups"]
+__all__ = [
+    "CBO",
+    "SPAM",
+    "AdaGradAGD",
+    "AdaHessian",
+    "CompositeMirrorDescent",
+    "ConsensusBasedOptimizer",
+    "CoordinateClip",
+    "DiffGrad",
+    "Frugal",
+    "GNSNewton",
+    "GradientSpikeMonitor",
+    "GradientSpikes",
+    "LastIterateLR",
+    "ModuleCBO",
+    "NormalizedLogisticGD",
+    "OpposingSignals",
+    "OptimisticEnsemble",
+    "OptimisticOMD",
+    "OptimizerWrapper",
+    "Pair",
+    "PerpGrad",
+    "SEAOptimizer",
+    "SplitSGD",
+    "StableMaxCrossEntropyLoss",
+    "StepSize",
+    "TargetSurrogate",
+    "adagrad_bound",
+    "autograd_target_grad",
+    "cbo_minimize",
+    "clip_top_coordinates_",
+    "compare_directions",
+    "directional_sharpness",
+    "exact_hessian",
+    "fisher",
+    "frugal_param_groups",
+    "gns_minimize",
+    "last_iterate_lambda",
+    "log_stablemax",
+    "power_norm",
+    "project_orthogonal_gradients_",
+    "separate",
+    "softmax_collapse_fraction",
+    "spam_param_groups",
+    "stablemax",
+    "stablemax_cross_entropy",
+    "suggest_eta",
+    "weighted_gauss_newton",
+]

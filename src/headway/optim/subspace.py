@@ -194,7 +194,7 @@ def draw(projection: str, matrix: Tensor, density: float, generator: torch.Gener
             basis = Vh[:rank].clone() if side == "right" else U[:, :rank].clone(memory_format=torch.contiguous_format)
         return Basis(side, basis)
     if projection == "random":
-        basis = torch.empty((rank, columns) if side == "right" else (rows, rank))
+        basis = torch.empty((rank, columns) if side == "right" else (rows, rank), device=generator.device)
         if rank:
             torch.nn.init.orthogonal_(basis, generator=generator)
         wide_dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
@@ -211,7 +211,7 @@ def draw(projection: str, matrix: Tensor, density: float, generator: torch.Gener
     else:
         raise ValueError(f"projection must be one of {', '.join(map(repr, TENSOR_PROJECTIONS))}, got {projection!r}")
     # Ascending order: neighbours in memory stay neighbours, and the state does not care.
-    indices = torch.randperm(total, generator=generator)[:count].sort().values
+    indices = torch.randperm(total, generator=generator, device=generator.device)[:count].sort().values
     if projection == "randk" and total < 2**31:
         indices = indices.to(torch.int32)  # an index per entry is as large as a moment
     return Coordinates(None if projection == "randk" else axis, indices.to(matrix.device))
@@ -251,7 +251,7 @@ def active_blocks(count: int, density: float, order: str, change: int, generator
     """
     active = round(density * count)
     if order == "random":
-        chosen = torch.randperm(count, generator=generator)[:active].tolist()
+        chosen = torch.randperm(count, generator=generator, device=generator.device)[:active].tolist()
     elif order == "ascending":
         chosen = [(change * active + i) % count for i in range(active)]
     elif order == "descending":

@@ -33,6 +33,20 @@ def check_optimizer(optimizer_class: type[Optimizer], /, **hyperparameters: Any)
     (the last one in channels-last order), and minimises a noisy quadratic for a few steps. "The same"
     below means bit by bit. Optimizers with `train()` and `eval()` are put in training mode first.
 
+    A class says with the attribute `step_protocol` how one step is driven; clauses that make no sense under a
+    protocol are left out:
+
+    - `gradients` (the default): `loss.backward()`, then `step()`; `step(closure)` with a closure that does both.
+    - `graph`: `loss.backward(create_graph=True)`, then `step()`; or `step(closure)`, where the closure returns the loss
+      and leaves differentiation to the optimizer.
+    - `loss`: `step(closure)`, where the closure returns the loss at the parameters' present values.
+    - `margins`: `step(closure)`, where the closure returns a vector of margins y_i f(x_i).
+    - `outputs`: `step(forward, target_grad)`: the model's outputs, and the gradient of a loss with respect to them.
+
+    A class that wraps another optimizer is built by `from_parameters(params, **hyperparameters)`. One that needs the
+    model (`needs_model = True`) is built by `from_parameters(params, module=..., **hyperparameters)`, and is checked on
+    a small network in place of the bare parameters.
+
     The clauses, in the order in which they are checked:
 
     - `hyperparameters_validated`: for a class that declares `constraints` (name -> `headway.constraints`),
@@ -40,17 +54,21 @@ def check_optimizer(optimizer_class: type[Optimizer], /, **hyperparameters: Any)
       value outside raises `ValueError` with the name and the value, from the constructor and, for what
       groups may set, from a group in the constructor and from `add_param_group`.
     - `parameters_move`: finite, and some parameter moves.
-    - `bfloat16`: parameters stay bfloat16, finite, and move.
+    - `bfloat16`: parameters stay bfloat16, finite, and move; or bfloat16 is refused by an error that names it.
     - `deterministic`: two runs are the same, and the global random state of torch is not advanced.
-    - `nothing_without_backward`: a step before any backward changes nothing, nor the steps that follow.
-    - `missing_gradients_left_alone`: a parameter whose gradient is None is not touched; training goes on when
-      gradients come.
+    - `nothing_without_backward`: a step before any backward changes nothing, nor the steps that follow; where
+      `step` needs a closure, `step()` raises a `RuntimeError` that says so.
+    - `missing_gradients_left_alone`: a parameter whose gradient is None, or that does not require one, is not touched;
+      training goes on when gradients come.
     - `zero_gradients_finite`: gradients that are all zero, from the first step or later, leave everything finite.
+    - `nonfinite_gradients`: a gradient with a NaN or an infinity raises `FloatingPointError` and changes nothing, or
+      makes the parameter itself not finite; it is never hidden in the state.
     - `sparse_gradients`: used, or refused by a `RuntimeError` that says "sparse", before anything changes.
     - `closure`: runs with gradients enabled even under `no_grad`, its loss is returned, and one evaluation
       gives the same step as backward and `step()`.
     - `maximize`: where the constructor has it, the same as minimising the negated loss.
-    - `group_learning_rate`: each group follows its own `lr` (and `weight_decay`, where there is one).
+    - `group_learning_rate`: each group follows its own `lr` (and `weight_decay`, where there is one), or different
+      values are refused by a `ValueError` that names `lr`. Line searches (`loss`, `outputs`) may have no `lr`.
     - `scheduler`: `LambdaLR` steers the steps, the same as writing `lr` into the groups.
     - `state_dict_round_trip`: loaded into a fresh optimizer of a fresh model, or back into the same one,
       the run continues the same; in float32 and in bfloat16.
@@ -96,6 +114,8 @@ def _check(clause: Callable[[_Subject], None], subject: _Subject) -> None:
 class _Problem:
     """Parameters of every shape under a quadratic with its minimum at 1 and noise that depends on the step alone."""
 
+    module: nn.Module | None = None
+
     def __init__(self, dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
         self.parameters: list[nn.Parameter] = []
@@ -106,12 +126,26 @@ class _Problem:
             self.parameters.append(nn.Parameter(value.to(dtype)))
 
     def loss(self, step: int) -> Tensor:
+        z = self.outputs()
+        return ((z - 1).square() / 2 + 0.3 * self.noise(step) * z).sum()
+
+    def outputs(self) -> Tensor:
+        """The parameters as one vector: a model whose outputs they are."""
+        return torch.cat([p.float().reshape(-1) for p in self.parameters])
+
+    def output_gradient(self, step: int, z: Tensor) -> Tensor:
+        """The gradient of `loss` with respect to `outputs()`."""
+        return z - 1 + 0.3 * self.noise(step)
+
+    def margins(self, step: int) -> Tensor:
+        """Of five examples in random directions that differ by step, and a common one that separates them."""
+        z = self.outputs()
+        directions = _normal((5, z.numel()), torch.Generator().manual_seed(step))
+        return (0.3 * directions + 1 / z.numel() ** 0.5) @ z
+
+    def noise(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
-        terms = []
-        for p in self.parameters:
-            noise = _normal(tuple(p.shape), generator)
-            terms.append(((p.float() - 1).square() / 2 + 0.3 * noise * p.float()).sum())
-        return torch.stack(terms).sum()
+        return torch.cat([_normal(tuple(p.shape), generator).reshape(-1) for p in self.parameters])
 
     def values(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]
@@ -126,6 +160,29 @@ class _Problem:
         return self.parameters[:middle], self.parameters[middle:]
 
 
+class _NetworkProblem(_Problem):
+    """A convolution, a bias and two linear layers, for optimizers that look at a model's layers."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.module = nn.Sequential(
+            nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4, bias=False), nn.Tanh(), nn.Linear(4, 2)
+        )
+        self.parameters = list(self.module.parameters())
+        with torch.no_grad():
+            for p in self.parameters:
+                p.copy_(0.3 * _normal(tuple(p.shape), generator))
+        self.module.to(dtype)
+
+    def loss(self, step: int) -> Tensor:
+        assert self.module is not None
+        generator = torch.Generator().manual_seed(step)
+        inputs = _normal((8, 2, 3, 3), generator) + 1
+        targets = inputs.mean((2, 3))
+        outputs = self.module(inputs.to(self.parameters[0].dtype)).float()
+        return (outputs - targets).square().sum(1).mean()
+
+
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Drawn on the CPU, so that every device sees the same problem."""
     return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
@@ -138,20 +195,47 @@ class _Subject:
     optimizer_class: type[Optimizer]
     hyperparameters: Mapping[str, Any]
 
-    def start(self, parameters: Any, **override: Any) -> Optimizer:
+    @property
+    def protocol(self) -> str:
+        return getattr(self.optimizer_class, "step_protocol", "gradients")
+
+    @property
+    def leaves_gradients(self) -> bool:
+        """Whether the steps start from gradients that are in the parameters."""
+        return self.protocol in ("gradients", "graph")
+
+    def problem(self, dtype: torch.dtype = torch.float32) -> _Problem:
+        return (_NetworkProblem if getattr(self.optimizer_class, "needs_model", False) else _Problem)(dtype)
+
+    def start(self, problem: _Problem, parameters: Any = None, **override: Any) -> Optimizer:
+        """An optimizer of the problem's parameters, or of the given ones (or groups) among them."""
         arguments = {**copy.deepcopy(dict(self.hyperparameters)), **override}
-        optimizer = self.optimizer_class(parameters, **arguments)
+        if problem.module is not None:
+            arguments["module"] = problem.module
+        build = getattr(self.optimizer_class, "from_parameters", self.optimizer_class)
+        optimizer = build(problem.parameters if parameters is None else parameters, **arguments)
         _switch(optimizer, "train")
         return optimizer
 
     def start_groups(self, problem: _Problem, first: Mapping[str, float], second: Mapping[str, float]) -> Optimizer:
         one, other = problem.halves()
-        return self.start([{"params": one, **first}, {"params": other, **second}])
+        return self.start(problem, [{"params": one, **first}, {"params": other, **second}])
 
-    def lr(self) -> float:
-        group = self.start(_Problem().parameters).param_groups[0]
+    def lr(self) -> float | None:
+        """The default learning rate; None for a line search that has none."""
+        group = self.start(self.problem()).param_groups[0]
+        if "lr" not in group and self.protocol in ("loss", "outputs"):
+            return None
         _require("lr" in group, "the parameter groups hold no 'lr', which every LRScheduler needs")
         return float(group["lr"])
+
+    def refuses_group_lr(self, lr: float) -> bool:
+        try:
+            self.start_groups(self.problem(), {"lr": lr}, {"lr": lr / 4})
+        except ValueError as error:
+            _require("lr" in str(error), f"different learning rates are refused without naming lr: {error}")
+            return True
+        return False
 
     def accepts(self, name: str) -> bool:
         return name in inspect.signature(self.optimizer_class).parameters
@@ -168,12 +252,30 @@ def _switch(optimizer: Optimizer, mode: str) -> None:
         method()
 
 
-def _run(problem: _Problem, optimizer: Optimizer, first: int = 0, last: int = 8) -> None:
+def _run(problem: _Problem, optimizer: Optimizer, first: int = 0, last: int = 8, scale: float = 1.0) -> None:
     """Steps `first` to `last - 1`; the noise belongs to the step's number, so a resumed run sees the same."""
     for step in range(first, last):
-        optimizer.zero_grad()
-        problem.loss(step).backward()
+        _one_step(problem, optimizer, step, scale)
+
+
+def _one_step(problem: _Problem, optimizer: Any, step: int, scale: float = 1.0) -> None:
+    """A step on `scale` times the loss, in the way of the optimizer's protocol."""
+    protocol = getattr(type(optimizer), "step_protocol", "gradients")
+    if protocol == "loss":
+        optimizer.step(lambda: scale * problem.loss(step))
+    elif protocol == "margins":
+        optimizer.step(lambda: scale * problem.margins(step))
+    elif protocol == "outputs":
+        optimizer.step(problem.outputs, lambda z: scale * problem.output_gradient(step, z))
+    else:
+        _backward(problem, optimizer, step, scale)
         optimizer.step()
+
+
+def _backward(problem: _Problem, optimizer: Optimizer, step: int, scale: float = 1.0) -> None:
+    optimizer.zero_grad()
+    graph = getattr(type(optimizer), "step_protocol", "gradients") == "graph"
+    (scale * problem.loss(step)).backward(create_graph=graph)
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
@@ -209,15 +311,16 @@ def _is_numeric(default: Any) -> bool:
 
 def _check_refused(subject: _Subject, name: str, value: Any) -> None:
     def constructor() -> None:
-        subject.start(_Problem().parameters, **{name: value})
+        subject.start(subject.problem(), **{name: value})
 
     def constructor_group() -> None:
-        subject.start([{"params": _Problem().parameters, name: value}])
+        problem = subject.problem()
+        subject.start(problem, [{"params": problem.parameters, name: value}])
 
-    optimizer = subject.start(_Problem().parameters)
+    optimizer = subject.start(subject.problem())
 
     def added_group() -> None:
-        optimizer.add_param_group({"params": _Problem().parameters, name: value})
+        optimizer.add_param_group({"params": subject.problem().parameters, name: value})
 
     _check_raises(name, value, "the constructor", constructor)
     if name in optimizer.defaults:
@@ -238,65 +341,79 @@ def _check_raises(name: str, value: Any, where: str, attempt: Callable[[], None]
 
 
 def parameters_move(subject: _Subject) -> None:
-    problem = _Problem()
+    problem = subject.problem()
     before = problem.values()
-    _run(problem, subject.start(problem.parameters))
+    _run(problem, subject.start(problem))
     _require(_finite(problem.parameters), "a parameter is not finite after 8 steps")
     _require(not _same(before, problem.parameters), "no parameter moved in 8 steps")
 
 
 def bfloat16(subject: _Subject) -> None:
-    problem = _Problem(torch.bfloat16)
+    problem = subject.problem(torch.bfloat16)
     before = problem.values()
-    _run(problem, subject.start(problem.parameters))
+    try:
+        _run(problem, subject.start(problem))
+    except (TypeError, ValueError, RuntimeError) as error:
+        if "bfloat16" in str(error):
+            return
+        raise
     _require(all(p.dtype == torch.bfloat16 for p in problem.parameters), "a bfloat16 parameter changed its dtype")
     _require(_finite(problem.parameters), "a bfloat16 parameter is not finite after 8 steps")
     _require(not _same(before, problem.parameters), "no bfloat16 parameter moved in 8 steps")
 
 
 def deterministic(subject: _Subject) -> None:
-    first, second = _Problem(), _Problem()
+    first, second = subject.problem(), subject.problem()
     random_state = torch.get_rng_state()
-    _run(first, subject.start(first.parameters))
+    _run(first, subject.start(first))
     untouched = torch.equal(random_state, torch.get_rng_state())
-    _run(second, subject.start(second.parameters))
+    _run(second, subject.start(second))
     _require(_same(first.parameters, second.parameters), "two identical runs differ")
     _require(untouched, "the global random state of torch is advanced")
 
 
 def nothing_without_backward(subject: _Subject) -> None:
-    problem, reference = _Problem(), _Problem()
-    optimizer = subject.start(problem.parameters)
+    problem, reference = subject.problem(), subject.problem()
+    optimizer = subject.start(problem)
     before = problem.values()
-    optimizer.step()
+    if subject.protocol in ("loss", "margins"):
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            _require("closure" in str(error), f"the error of step() without closure does not say so: {error}")
+        else:
+            raise AssertionError("step() without closure is accepted")
+    elif subject.leaves_gradients:
+        optimizer.step()
     _require(_same(before, problem.parameters), "step() before any backward changed a parameter")
     _run(problem, optimizer)
-    _run(reference, subject.start(reference.parameters))
+    _run(reference, subject.start(reference))
     _require(
         _same(problem.parameters, reference.parameters), "step() before any backward changed the steps that follow"
     )
 
 
 def missing_gradients_left_alone(subject: _Subject) -> None:
-    problem = _Problem()
-    optimizer = subject.start(problem.parameters)
+    _check_frozen(subject)
+    if not subject.leaves_gradients:
+        return
+    problem = subject.problem()
+    optimizer = subject.start(problem)
     _run(problem, optimizer, 0, 2)
     for p in problem.parameters:
         before = problem.values()
-        optimizer.zero_grad()
-        problem.loss(2).backward()
+        _backward(problem, optimizer, 2)
         p.grad = None
         optimizer.step()
         index = next(i for i, other in enumerate(problem.parameters) if other is p)
         _require(torch.equal(before[index], p.detach()), f"a parameter without gradient ({p.dim()}-D) was changed")
 
-    late = _Problem()
-    optimizer = subject.start(late.parameters)
+    late = subject.problem()
+    optimizer = subject.start(late)
     absent, present = late.halves()
     before = late.values()
     for step in range(3):
-        optimizer.zero_grad()
-        late.loss(step).backward()
+        _backward(late, optimizer, step)
         for p in absent:
             p.grad = None
         optimizer.step()
@@ -310,15 +427,23 @@ def missing_gradients_left_alone(subject: _Subject) -> None:
     _require(_finite(late.parameters), "a parameter whose first gradient came late is not finite")
 
 
+def _check_frozen(subject: _Subject) -> None:
+    problem = subject.problem()
+    frozen, free = problem.halves()
+    for p in frozen:
+        p.requires_grad_(False)
+    before = problem.values()
+    _run(problem, subject.start(problem), 0, 3)
+    _require(_same(before[: len(frozen)], frozen), "a parameter that does not require a gradient was changed")
+    _require(not _same(before[len(frozen) :], free), "nothing moves when some parameters do not require a gradient")
+
+
 def zero_gradients_finite(subject: _Subject) -> None:
     for trained in (0, 4):
-        problem = _Problem()
-        optimizer = subject.start(problem.parameters)
+        problem = subject.problem()
+        optimizer = subject.start(problem)
         _run(problem, optimizer, 0, trained)
-        for _ in range(3):
-            for p in problem.parameters:
-                p.grad = torch.zeros_like(p)
-            optimizer.step()
+        _run(problem, optimizer, trained, trained + 3, scale=0.0)
         _require(
             _finite(problem.parameters), f"zero gradients after {trained} steps give a parameter that is not finite"
         )
@@ -326,13 +451,58 @@ def zero_gradients_finite(subject: _Subject) -> None:
         _require(_finite(problem.parameters), "a parameter is not finite in the steps after zero gradients")
 
 
+def nonfinite_gradients(subject: _Subject) -> None:
+    if not subject.leaves_gradients:
+        _check_nonfinite_refused(subject)
+        return
+    for bad in (float("nan"), float("inf")):
+        for trained in (0, 4):
+            problem = subject.problem()
+            optimizer = subject.start(problem)
+            _run(problem, optimizer, 0, trained)
+            state, before = copy.deepcopy(optimizer.state_dict()), problem.values()
+            _backward(problem, optimizer, trained)
+            last = problem.parameters[-1]
+            assert last.grad is not None
+            with torch.no_grad():
+                last.grad[(0,) * last.grad.ndim] = bad
+            try:
+                optimizer.step()
+            except FloatingPointError:
+                _require(_same(before, problem.parameters), f"a gradient with {bad} was refused after parameters moved")
+                # Groups without state may come to hold empty state: only numbers that were there have to stay.
+                for old, new in zip(_tensors(state), _tensors(optimizer.state_dict()), strict=False):
+                    _require(torch.equal(old, new), f"a gradient with {bad} was refused after the state had changed")
+                continue
+            poisoned = any(not _finite([t]) for t in _tensors(optimizer.state_dict()) if t.is_floating_point())
+            _require(
+                not poisoned or not _finite([last]),
+                f"a gradient with {bad} left its mark in the state while the parameter stayed finite",
+            )
+
+
+def _check_nonfinite_refused(subject: _Subject) -> None:
+    problem = subject.problem()
+    optimizer = subject.start(problem)
+    _run(problem, optimizer, 0, 4)
+    before = problem.values()
+    try:
+        _one_step(problem, optimizer, 4, scale=float("nan"))
+    except FloatingPointError:
+        _require(_same(before, problem.parameters), "a value that is not finite was refused after parameters moved")
+    else:
+        raise AssertionError("a loss, margin or output gradient that is not finite is accepted")
+
+
 def sparse_gradients(subject: _Subject) -> None:
-    problem = _Problem(shapes=[(5, 3)])
-    (weight,) = problem.parameters
+    if not subject.leaves_gradients:
+        return
+    problem = subject.problem()
+    weight = next(p for p in problem.parameters if p.ndim == 2)
     before = weight.detach().clone()
-    optimizer = subject.start([weight])
+    optimizer = subject.start(problem)
     indices = torch.tensor([[0, 3]], device=weight.device)
-    rows = torch.ones(2, 3, device=weight.device)
+    rows = torch.ones(2, weight.shape[1], device=weight.device)
     weight.grad = torch.sparse_coo_tensor(indices, rows, weight.shape, check_invariants=True)
     try:
         optimizer.step()
@@ -345,20 +515,26 @@ def sparse_gradients(subject: _Subject) -> None:
 
 
 def closure(subject: _Subject) -> None:
-    problem, reference = _Problem(), _Problem()
-    optimizer = subject.start(problem.parameters)
+    if subject.protocol in ("margins", "outputs"):
+        return
+    problem, reference = subject.problem(), subject.problem()
+    optimizer = subject.start(problem)
     evaluations: list[Tensor] = []
+    step = 0
 
     def evaluate() -> Tensor:
-        _require(torch.is_grad_enabled(), "the closure runs with gradients disabled")
-        optimizer.zero_grad()
-        loss = problem.loss(len(evaluations))
-        loss.backward()
+        if subject.protocol == "gradients":
+            optimizer.zero_grad()
+        loss = problem.loss(step)
+        if subject.leaves_gradients:
+            _require(torch.is_grad_enabled(), "the closure runs with gradients disabled")
+        if subject.protocol == "gradients":
+            loss.backward()
         evaluations.append(loss.detach())
         return loss
 
     steps = 3
-    for _ in range(steps):
+    while step < steps:
         first = len(evaluations)
         with torch.no_grad():
             returned = optimizer.step(evaluate)  # type: ignore[arg-type]  # torch's stub wants a float, its own code a tensor
@@ -366,34 +542,29 @@ def closure(subject: _Subject) -> None:
         _require(returned is not None, "step(closure) does not return the closure's loss")
         value, losses = float(torch.as_tensor(returned).detach()), [float(loss) for loss in evaluations[first:]]
         _require(value in losses, f"step(closure) returned {value}, the closure {losses}")
-    if len(evaluations) == steps:
-        _run(reference, subject.start(reference.parameters), 0, steps)
+        step += 1
+    if subject.leaves_gradients and len(evaluations) == steps:
+        _run(reference, subject.start(reference), 0, steps)
         _require(_same(problem.parameters, reference.parameters), "step(closure) differs from backward and step()")
 
 
 def maximize(subject: _Subject) -> None:
     if not subject.accepts("maximize"):
         return
-    problem, negated = _Problem(), _Problem()
-    minimiser = subject.start(problem.parameters, maximize=False)
-    maximiser = subject.start(negated.parameters, maximize=True)
-    for step in range(8):
-        minimiser.zero_grad()
-        problem.loss(step).backward()
-        minimiser.step()
-        maximiser.zero_grad()
-        (-negated.loss(step)).backward()
-        maximiser.step()
+    problem, negated = subject.problem(), subject.problem()
+    _run(problem, subject.start(problem, maximize=False))
+    _run(negated, subject.start(negated, maximize=True), scale=-1.0)
     _require(_same(problem.parameters, negated.parameters), "maximising -f differs from minimising f")
 
 
 def group_learning_rate(subject: _Subject) -> None:
     lr = subject.lr()
-
+    if lr is None or subject.refuses_group_lr(lr):
+        return
     large, small = {"lr": lr}, {"lr": lr / 4}
 
     def after(steps: int, first: Mapping[str, float], second: Mapping[str, float]) -> tuple[Any, Any]:
-        problem = _Problem()
+        problem = subject.problem()
         _run(problem, subject.start_groups(problem, first, second), 0, steps)
         return problem.halves()
 
@@ -404,7 +575,7 @@ def group_learning_rate(subject: _Subject) -> None:
     _require(
         not _same(after(8, large, small)[1], after(8, large, large)[1]), "the second group's own lr makes no difference"
     )
-    if "weight_decay" in subject.start(_Problem().parameters).defaults:
+    if "weight_decay" in subject.start(subject.problem()).defaults:
         _require(
             not _same(after(8, large, {"weight_decay": 0.25})[1], after(8, large, {"weight_decay": 0.5})[1]),
             "the second group's own weight_decay makes no difference",
@@ -413,12 +584,14 @@ def group_learning_rate(subject: _Subject) -> None:
 
 def scheduler(subject: _Subject) -> None:
     lr = subject.lr()
+    if lr is None:
+        return
 
     def factor(step: int) -> float:
         return 1 / (1 + step)
 
-    scheduled, written, constant = _Problem(), _Problem(), _Problem()
-    optimizer, other = subject.start(scheduled.parameters), subject.start(written.parameters)
+    scheduled, written, constant = subject.problem(), subject.problem(), subject.problem()
+    optimizer, other = subject.start(scheduled), subject.start(written)
     schedule = LambdaLR(optimizer, factor)
     for step in range(8):
         _run(scheduled, optimizer, step, step + 1)
@@ -426,16 +599,19 @@ def scheduler(subject: _Subject) -> None:
         for group in other.param_groups:
             group["lr"] = lr * factor(step)
         _run(written, other, step, step + 1)
-    _run(constant, subject.start(constant.parameters))
+    _run(constant, subject.start(constant))
     _require(not _same(scheduled.parameters, constant.parameters), "steps do not follow the lr that a scheduler sets")
     _require(_same(scheduled.parameters, written.parameters), "a scheduler differs from writing lr into the groups")
 
 
 def state_dict_round_trip(subject: _Subject) -> None:
-    settings = {"lr": subject.lr()}, {"lr": subject.lr() / 2}
+    lr = subject.lr()
+    settings: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    if lr is not None and not subject.refuses_group_lr(lr):
+        settings = {"lr": lr}, {"lr": lr / 2}
     for dtype, steps in ((torch.float32, (0, 1, 4)), (torch.bfloat16, (4,))):
         for saved_at in steps:
-            problem, fresh = _Problem(dtype), _Problem(dtype)
+            problem, fresh = subject.problem(dtype), subject.problem(dtype)
             optimizer = subject.start_groups(problem, *settings)
             _run(problem, optimizer, 0, saved_at)
             state, values = copy.deepcopy(optimizer.state_dict()), problem.values()
@@ -458,8 +634,8 @@ def state_dict_round_trip(subject: _Subject) -> None:
 
 
 def state_dict_saved_safely(subject: _Subject) -> None:
-    problem, fresh = _Problem(), _Problem()
-    optimizer = subject.start(problem.parameters)
+    problem, fresh = subject.problem(), subject.problem()
+    optimizer = subject.start(problem)
     _run(problem, optimizer, 0, 4)
     file = io.BytesIO()
     torch.save({"optimizer": optimizer.state_dict(), "model": problem.values()}, file)
@@ -467,7 +643,7 @@ def state_dict_saved_safely(subject: _Subject) -> None:
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     fresh.assign(saved["model"])
-    loaded = subject.start(fresh.parameters)
+    loaded = subject.start(fresh)
     loaded.load_state_dict(saved["optimizer"])
     _run(fresh, loaded, 4, 10)
     _require(
@@ -476,8 +652,8 @@ def state_dict_saved_safely(subject: _Subject) -> None:
 
 
 def copies(subject: _Subject) -> None:
-    problem = _Problem()
-    optimizer = subject.start(problem.parameters)
+    problem = subject.problem()
+    optimizer = subject.start(problem)
     _run(problem, optimizer, 0, 4)
     duplicates = {"a deep copy": copy.deepcopy((problem, optimizer))}
     if _can_pickle(subject.hyperparameters):
@@ -497,9 +673,9 @@ def _can_pickle(hyperparameters: Mapping[str, Any]) -> bool:
 
 
 def add_param_group(subject: _Subject) -> None:
-    problem, resumed = _Problem(), _Problem()
+    problem, resumed = subject.problem(), subject.problem()
     first, last = problem.halves()
-    optimizer = subject.start(first)
+    optimizer = subject.start(problem, first)
     _run(problem, optimizer, 0, 3)
     optimizer.zero_grad()
     optimizer.add_param_group({"params": last})
@@ -512,15 +688,15 @@ def add_param_group(subject: _Subject) -> None:
 
     resumed.assign(values)
     first, last = resumed.halves()
-    optimizer = subject.start([{"params": first}, {"params": last}])
+    optimizer = subject.start(resumed, [{"params": first}, {"params": last}])
     optimizer.load_state_dict(state)
     _run(resumed, optimizer, 8, 12)
     _require(_same(problem.parameters, resumed.parameters), "a run with an added group does not resume the same")
 
 
 def memory_bounded(subject: _Subject) -> None:
-    problem = _Problem()
-    optimizer = subject.start(problem.parameters)
+    problem = subject.problem()
+    optimizer = subject.start(problem)
 
     def window(first: int) -> list[tuple[int, int]]:
         """State bytes and live tensors after each of four steps."""
@@ -577,13 +753,13 @@ def _live_tensors() -> int:
 
 
 def evaluation_point(subject: _Subject) -> None:
-    problem, reference, resumed = _Problem(), _Problem(), _Problem()
-    optimizer: Any = subject.start(problem.parameters)
+    problem, reference, resumed = subject.problem(), subject.problem(), subject.problem()
+    optimizer: Any = subject.start(problem)
     has = [callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")]
     if not any(has):
         return
     _require(all(has), "train() and eval() come together")
-    _run(reference, subject.start(reference.parameters))
+    _run(reference, subject.start(reference))
 
     optimizer.eval()
     optimizer.train()
@@ -608,7 +784,7 @@ def evaluation_point(subject: _Subject) -> None:
     _require(_same(problem.parameters, reference.parameters), "a run that was switched to eval() and back differs")
 
     resumed.assign(evaluation)
-    optimizer = subject.start(resumed.parameters)
+    optimizer = subject.start(resumed)
     optimizer.load_state_dict(state)
     optimizer.train()
     _run(resumed, optimizer, 4, 8)
@@ -623,6 +799,7 @@ CLAUSES: tuple[Callable[[_Subject], None], ...] = (
     nothing_without_backward,
     missing_gradients_left_alone,
     zero_gradients_finite,
+    nonfinite_gradients,
     sparse_gradients,
     closure,
     maximize,

@@ -1,0 +1,58 @@
+/* One step of the Adam family over a list of tensors; see kernels/adam.py for the rule. */
+
+#include "headway.h"
+
+#include <math.h>
+
+typedef struct {
+    chunking chunks;
+    adam_rule rule;
+    int half;
+    void *const *params;
+    void *const *grads;
+    void *const *exp_avgs;
+    void *const *exp_avg_sqs;
+    void *const *previous;
+    const float *step_sizes;
+    const float *root_scales;
+} job;
+
+static void work(void *pointer, size_t chunk) {
+    const job *j = pointer;
+    size_t start, end, t = chunking_find(&j->chunks, chunk, &start, &end);
+    adam_tensor tensor = {
+        j->params[t],
+        j->grads[t],
+        j->exp_avgs[t],
+        j->exp_avg_sqs[t],
+        j->previous ? j->previous[t] : NULL,
+        j->step_sizes[t],
+        j->root_scales[t],
+    };
+    loops()->adam(&j->rule, &tensor, j->half, start, end);
+}
+
+/* `previous` may be NULL; clip < 0: none. Returns 0 if memory ran out (nothing is changed then). */
+EXPORT int headway_adam(size_t tensors, const size_t *sizes, int half, void *const *params, void *const *grads,
+                        void *const *exp_avgs, void *const *exp_avg_sqs, void *const *previous,
+                        const float *step_sizes, const float *root_scales, double beta1, double beta2, double eps,
+                        double decay_before, double decay_after, double l2, double spike, double clip, int maximize,
+                        int threads) {
+    float lerp1 = (float)(1 - beta1);
+    job j = {
+        .rule = {lerp1, 1.0f - lerp1, (float)beta2, (float)(1 - beta2), (float)eps, (float)decay_before,
+                 (float)decay_after, (float)l2, (float)spike, clip < 0 ? INFINITY : (float)clip, maximize ? -1.0f : 1.0f},
+        .half = half,
+        .params = params,
+        .grads = grads,
+        .exp_avgs = exp_avgs,
+        .exp_avg_sqs = exp_avg_sqs,
+        .previous = previous,
+        .step_sizes = step_sizes,
+        .root_scales = root_scales,
+    };
+    if (!chunking_make(&j.chunks, tensors, sizes)) return 0;
+    parallel_for(chunking_count(&j.chunks), threads, work, &j);
+    chunking_free(&j.chunks);
+    return 1;
+}

@@ -1,0 +1,85 @@
+/* What the translation units of the library share.
+
+   The inner loops (loops.h) are compiled once per instruction set and reached through a table of pointers; everything
+   else (parallel.c and a file per kernel) is compiled once. No fused multiply-add is formed anywhere
+   (-ffp-contract=off) and every sum has a fixed order, so all instruction sets and all numbers of threads give the
+   same bits. */
+
+#ifndef HEADWAY_H
+#define HEADWAY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Elements of a chunk, the unit of work that a thread takes: a fixed number, so that sums do not depend on threads. */
+#define CHUNK ((size_t)1 << 15)
+
+typedef struct {
+    float lerp1;        /* 1 - beta1 */
+    float keep1;        /* 1 - lerp1 */
+    float beta2;
+    float weight2;      /* 1 - beta2 */
+    float eps;
+    float decay_before;
+    float decay_after;
+    float l2;
+    float spike;
+    float clip;         /* infinity: none */
+    float sign;         /* -1 to maximize */
+} adam_rule;
+
+/* One tensor's arrays. `param` and `grad` are float or, with a 16-bit parameter, bfloat16. */
+typedef struct {
+    void *param;
+    const void *grad;
+    float *exp_avg;
+    float *exp_avg_sq;
+    float *previous;
+    float step_size;
+    float root_scale;
+} adam_tensor;
+
+typedef struct {
+    void (*adam)(const adam_rule *, const adam_tensor *, int half, size_t start, size_t end);
+    int (*nonfinite_float)(const uint32_t *, size_t);
+    int (*nonfinite_bfloat16)(const uint16_t *, size_t);
+    /* Of magnitudes as integers: how many are > high; those in [low, high] go to `inside`, `*found` is their number. */
+    size_t (*bracket)(const uint32_t *, size_t, uint32_t low, uint32_t high, uint32_t *inside, size_t *found);
+    void (*clamp)(float *, size_t, float bound);
+    /* w.g, w.w and g.g */
+    void (*dots)(const float *g, const float *w, size_t, double sums[3]);
+    /* |g - along w|^2 */
+    double (*residual)(const float *g, const float *w, size_t, double along);
+    /* g = scale (g - along w), in float or double arithmetic */
+    void (*project)(float *g, const float *w, size_t, double along, double scale);
+    void (*project_double)(float *g, const float *w, size_t, double along, double scale);
+} loop_table;
+
+extern const loop_table loops_plain;
+#if defined(__x86_64__)
+extern const loop_table loops_avx2;
+extern const loop_table loops_avx512;
+#endif
+
+/* The table of the instruction set in use. */
+const loop_table *loops(void);
+
+/* work(argument, i) for all 0 <= i < count, on up to `threads` threads. */
+void parallel_for(size_t count, int threads, void (*work)(void *, size_t), void *argument);
+
+/* Tensors cut into chunks that are numbered through. */
+typedef struct {
+    size_t tensors;
+    const size_t *sizes;
+    size_t *first;      /* first[t] is the number of tensor t's first chunk; one entry more than tensors */
+} chunking;
+
+int chunking_make(chunking *, size_t tensors, const size_t *sizes);
+void chunking_free(chunking *);
+size_t chunking_count(const chunking *);
+/* Tensor, and the range of its elements, of a chunk. */
+size_t chunking_find(const chunking *, size_t chunk, size_t *start, size_t *end);
+
+#endif

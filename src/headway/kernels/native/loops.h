@@ -1,0 +1,272 @@
+/* The inner loops in plain C, written for the compiler to vectorise; included once per instruction set, with TABLE
+   the name of that set's table and WIDTH the doubles of a register. */
+
+#include "headway.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Vectors wider than the instruction set's registers are only passed to functions that are inlined. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float from_bfloat16(uint16_t half) { return float_of((uint32_t)half << 16); }
+
+/* Round to nearest, ties to even; NaN becomes PyTorch's 0x7fc0. */
+INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits = bits_of(x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+/* exp(-x) for x >= 0 to 1e-7, as 2^n 2^f with |f| <= 1/2 and a minimax polynomial for 2^f. Below 2^-46 it is 2^-46,
+   which is lost in the sum with one anyway; NaN counts as that too. */
+INLINE float exp_negative(float x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold */
+    float t = x * -1.44269504f;
+    t = t > -46.0f ? t : -46.0f;
+    float shifted = t + shift;
+    float f = t - (shifted - shift);
+    float f2 = f * f; /* Estrin's order: the chain of dependent operations is what the processor waits for */
+    float power = (1.0f + 0.69314700f * f) + f2 * ((0.24022242f + 0.055507336f * f) + f2 * (0.0096715130f + 0.0013264720f * f));
+    return power * float_of((bits_of(shifted) << 23) + 0x3f800000);
+}
+
+/* Elements of a block: what passes between the loops of a block stays in the first-level cache. */
+enum { BLOCK = 512 };
+
+/* Which parts of the rule a loop is compiled with: none of the rarer ones, all but the spike bound, or all. */
+enum { BARE, OPTIONS, SPIKE };
+
+/* g as it enters the rule: ascent, coupled decay and the spike bound applied. */
+INLINE float effective_gradient(const adam_rule *r, float p, float g, float v, int extent) {
+    if (extent == BARE) return g;
+    g = r->sign * g;
+    g = r->l2 != 0.0f ? g + r->l2 * p : g;
+    if (extent == SPIKE) {
+        float bound = sqrtf(v * r->spike);
+        float bounded = g < -bound ? -bound : g;
+        bounded = bounded > bound ? bound : bounded;
+        g = v > 0.0f ? bounded : g;
+    }
+    return g;
+}
+
+INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t start, size_t end, int half, int friction,
+                       int extent) {
+    const adam_rule r = *rule;
+    const float step_size = tensor->step_size, root_scale = tensor->root_scale;
+    const int near = r.lerp1 < 0.5f; /* torch.lerp has two forms, exact at either end */
+    float inverse_xi[BLOCK];
+    for (; start < end; start += BLOCK) {
+        const size_t count = end - start < BLOCK ? end - start : BLOCK;
+        float *restrict params = (float *)tensor->param + start;
+        const float *restrict grads = (const float *)tensor->grad + start;
+        uint16_t *restrict half_params = (uint16_t *)tensor->param + start;
+        const uint16_t *restrict half_grads = (const uint16_t *)tensor->grad + start;
+        float *restrict exp_avgs = tensor->exp_avg + start;
+        float *restrict exp_avg_sqs = tensor->exp_avg_sq + start;
+        if (friction) {
+            float *restrict previous = tensor->previous + start;
+#pragma omp simd
+            for (size_t i = 0; i < count; i++) {
+                float p = half ? from_bfloat16(half_params[i]) : params[i];
+                float g = half ? from_bfloat16(half_grads[i]) : grads[i];
+                g = effective_gradient(&r, p, g, exp_avg_sqs[i], extent);
+                inverse_xi[i] = 1.0f + exp_negative(fabsf(previous[i] - g));
+                previous[i] = g;
+            }
+        }
+#pragma omp simd
+        for (size_t i = 0; i < count; i++) {
+            float p = half ? from_bfloat16(half_params[i]) : params[i];
+            float g = half ? from_bfloat16(half_grads[i]) : grads[i];
+            float m = exp_avgs[i], v = exp_avg_sqs[i];
+            g = effective_gradient(&r, p, g, v, extent);
+            float c = g;
+            if (extent != BARE) {
+                c = c < -r.clip ? -r.clip : c;
+                c = c > r.clip ? r.clip : c;
+            }
+            float difference = c - m;
+            m = near ? m + r.lerp1 * difference : c - difference * r.keep1;
+            v = v * r.beta2 + r.weight2 * g * g;
+            float denominator = sqrtf(v) * root_scale + r.eps;
+            if (friction) denominator = denominator * inverse_xi[i]; /* one division for xi and the step */
+            p = p * r.decay_before - step_size * m / denominator;
+            if (extent != BARE) p = p * r.decay_after;
+            exp_avgs[i] = m;
+            exp_avg_sqs[i] = v;
+            if (half) half_params[i] = to_bfloat16(p);
+            else params[i] = p;
+        }
+    }
+}
+
+static void adam(const adam_rule *rule, const adam_tensor *tensor, int half, size_t start, size_t end) {
+    const int bare = rule->sign == 1 && rule->l2 == 0 && isinf(rule->clip) && rule->decay_after == 1;
+    const int extent = rule->spike != 0 ? SPIKE : bare ? BARE : OPTIONS;
+#define CASE(HALF, FRICTION, EXTENT)                                            \
+    case HALF * 6 + FRICTION * 3 + EXTENT:                                      \
+        adam_range(rule, tensor, start, end, HALF, FRICTION, EXTENT);           \
+        break;
+#define CASES(HALF, FRICTION) CASE(HALF, FRICTION, BARE) CASE(HALF, FRICTION, OPTIONS) CASE(HALF, FRICTION, SPIKE)
+    switch (half * 6 + (tensor->previous != NULL) * 3 + extent) {
+        CASES(0, 0)
+        CASES(0, 1)
+        CASES(1, 0)
+        CASES(1, 1)
+    }
+#undef CASES
+#undef CASE
+}
+
+/* Exponent bits all ones: the bits without the sign are at least those of infinity. */
+static int nonfinite_float(const uint32_t *bits, size_t count) {
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < count; i++) {
+        int32_t magnitude = (int32_t)(bits[i] & 0x7fffffff);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest >= 0x7f800000;
+}
+
+static int nonfinite_bfloat16(const uint16_t *bits, size_t count) {
+    int16_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < count; i++) {
+        int16_t magnitude = (int16_t)(bits[i] & 0x7fff);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest >= 0x7f80;
+}
+
+/* Appending is for the few blocks that hold something to append: they are found by a vector comparison. */
+static size_t bracket(const uint32_t *bits, size_t count, uint32_t low, uint32_t high, uint32_t *inside, size_t *found) {
+    enum { STRIP = 16 };
+    const int32_t lowest = (int32_t)low, highest = (int32_t)high;
+    size_t above = 0, kept = 0;
+    for (size_t start = 0; start < count; start += STRIP) {
+        const size_t strip = count - start < STRIP ? count - start : STRIP;
+        const uint32_t *restrict x = bits + start;
+        int32_t larger = 0, hits = 0;
+        if (strip == STRIP) { /* a constant number of turns is unrolled into straight vector code */
+#pragma omp simd reduction(+ : larger, hits)
+            for (size_t i = 0; i < STRIP; i++) {
+                int32_t magnitude = (int32_t)(x[i] & 0x7fffffff);
+                larger += magnitude > highest;
+                hits += magnitude >= lowest;
+            }
+        } else {
+            for (size_t i = 0; i < strip; i++) {
+                int32_t magnitude = (int32_t)(x[i] & 0x7fffffff);
+                larger += magnitude > highest;
+                hits += magnitude >= lowest;
+            }
+        }
+        above += (size_t)larger;
+        if (hits == larger) continue;
+        for (size_t i = 0; i < strip; i++) {
+            uint32_t magnitude = x[i] & 0x7fffffff;
+            inside[kept] = magnitude;
+            kept += magnitude - low <= high - low;
+        }
+    }
+    *found = kept;
+    return above;
+}
+
+static void clamp(float *x, size_t count, float bound) {
+#pragma omp simd
+    for (size_t i = 0; i < count; i++) {
+        float c = x[i] < -bound ? -bound : x[i];
+        x[i] = c > bound ? bound : c;
+    }
+}
+
+/* Sums run in LANES lanes, element i in lane i mod LANES, on every instruction set; WIDTH of them share a register. */
+enum { LANES = 8, REGISTERS = LANES / WIDTH };
+typedef float float_register __attribute__((vector_size(4 * WIDTH)));
+typedef double double_register __attribute__((vector_size(8 * WIDTH)));
+
+INLINE void load_lanes(double_register lanes[REGISTERS], const float *x) {
+    for (int r = 0; r < REGISTERS; r++) {
+        float_register part;
+        memcpy(&part, x + r * WIDTH, sizeof part);
+        lanes[r] = __builtin_convertvector(part, double_register);
+    }
+}
+
+INLINE double sum_of_lanes(const double_register lanes[REGISTERS]) {
+    double x[LANES];
+    memcpy(x, lanes, sizeof x);
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+INLINE void add_dots(double_register wg[], double_register ww[], double_register gg[], const float *g, const float *w) {
+    double_register x[REGISTERS], y[REGISTERS];
+    load_lanes(x, g);
+    load_lanes(y, w);
+    for (int r = 0; r < REGISTERS; r++) {
+        wg[r] += x[r] * y[r];
+        ww[r] += y[r] * y[r];
+        gg[r] += x[r] * x[r];
+    }
+}
+
+static void dots(const float *g, const float *w, size_t count, double sums[3]) {
+    double_register wg[REGISTERS] = {0}, ww[REGISTERS] = {0}, gg[REGISTERS] = {0};
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES) add_dots(wg, ww, gg, g + i, w + i);
+    if (i < count) {
+        float last_g[LANES] = {0}, last_w[LANES] = {0};
+        memcpy(last_g, g + i, (count - i) * sizeof *g);
+        memcpy(last_w, w + i, (count - i) * sizeof *w);
+        add_dots(wg, ww, gg, last_g, last_w);
+    }
+    sums[0] = sum_of_lanes(wg);
+    sums[1] = sum_of_lanes(ww);
+    sums[2] = sum_of_lanes(gg);
+}
+
+/* Rarely needed, so not written for registers. */
+static double residual(const float *g, const float *w, size_t count, double along) {
+    double lanes[LANES] = {0};
+    for (size_t i = 0; i < count; i++) {
+        double rest = (double)g[i] - along * (double)w[i];
+        lanes[i % LANES] += rest * rest;
+    }
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+static void project(float *restrict g, const float *restrict w, size_t count, double along, double scale) {
+    /* `along` in two parts: rounded to one float it would leave the same relative error in every element. */
+    const float main_part = (float)along, rest = (float)(along - main_part), factor = (float)scale;
+#pragma omp simd
+    for (size_t i = 0; i < count; i++) g[i] = (g[i] - (main_part * w[i] + rest * w[i])) * factor;
+}
+
+static void project_double(float *restrict g, const float *restrict w, size_t count, double along, double scale) {
+#pragma omp simd
+    for (size_t i = 0; i < count; i++) g[i] = (float)(((double)g[i] - along * (double)w[i]) * scale);
+}
+
+const loop_table TABLE = {
+    adam, nonfinite_float, nonfinite_bfloat16, bracket, clamp, dots, residual, project, project_double,
+};
