@@ -126,3 +126,29 @@ def test_no_structure_of_values_produces_anything_but_a_configuration_or_one_lin
         assert "\n" not in str(error)
     else:
         assert parse(config.to_toml()) == config
+
+
+@pytest.mark.parametrize(
+    ("slug", "why"),
+    [
+        ("gradient-normalized-smoothness", "evaluates the loss itself"),
+        ("consensus-based-optimization", "evaluates the loss itself"),
+        ("normalized-logistic-gd", "margins of a linear classifier"),
+        ("target-surrogate", "gradient with respect to the model's outputs"),
+    ],
+)
+def test_an_optimizer_that_the_loop_cannot_drive_is_refused_with_the_reason(slug, why):
+    with pytest.raises(ConfigError, match=why):
+        load(overrides=[f"optimizer.name={slug}"])
+
+
+def test_a_wrapper_takes_the_options_of_what_it_wraps_and_refuses_others():
+    load(overrides=["optimizer.name=coordinate-clipping", "optimizer.inner=frugal", "optimizer.density=0.5"])
+    with pytest.raises(ConfigError, match=r"unknown key 'optimizer.density'"):
+        load(overrides=["optimizer.name=coordinate-clipping", "optimizer.inner=adamw", "optimizer.density=0.5"])
+    with pytest.raises(ConfigError, match=r"optimizer.density must be in \[0, 1\], got 2"):
+        load(overrides=["optimizer.name=coordinate-clipping", "optimizer.inner=frugal", "optimizer.density=2"])
+    with pytest.raises(ConfigError, match=r"optimizer.inner: .*did you mean 'frugal'"):
+        load(overrides=["optimizer.name=coordinate-clipping", "optimizer.inner=frugall"])
+    with pytest.raises(ConfigError, match=r"optimizer.inner must be an optimizer that steps from gradients"):
+        load(overrides=["optimizer.name=coordinate-clipping", "optimizer.inner=adahessian"])

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from headway import catalogue
 from headway.config import load
 from headway.train import TrainError
 from headway.train.display import Display
@@ -59,9 +60,19 @@ def test_the_first_step_is_plain_pytorch(tiny):
         torch.testing.assert_close(mine, p - 0.1 * p.grad * min(1.0, 1.0 / norm.item()), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "frugal", "adagrad-accelerated", "adagrad"])
-@pytest.mark.parametrize("schedule", ["rex", "wsd-s", "cosine"])
-def test_every_optimizer_goes_with_every_schedule_and_resumes_exactly(tiny, tmp_path, optimizer, schedule):
+def optimizers():
+    """The slugs that `headway train` takes, baselines first."""
+    rows = [row for row in [*catalogue.baselines(), *catalogue.methods()] if row.role == "optimizer"]
+    return [row.slug for row in rows if getattr(row.load(), "step_protocol", "gradients") in ("gradients", "graph")]
+
+
+PAIRS = [(optimizer, schedule) for optimizer in ("adamw", "frugal") for schedule in ("rex", "wsd-s", "cosine")]
+PAIRS += [(optimizer, "rex") for optimizer in optimizers() if optimizer not in ("adamw", "frugal")]
+
+
+@pytest.mark.parametrize(("optimizer", "schedule"), PAIRS)
+@pytest.mark.filterwarnings("ignore:coordinate clipping")
+def test_every_optimizer_goes_with_schedules_and_resumes_exactly(tiny, tmp_path, optimizer, schedule):
     chosen = [*tiny, f"optimizer.name={optimizer}", f"schedule.name={schedule}", "optimizer.lr=0.01"]
     config = load(overrides=chosen)
     whole = RunFolder.create(tmp_path / "whole", config)
@@ -72,6 +83,25 @@ def test_every_optimizer_goes_with_every_schedule_and_resumes_exactly(tiny, tmp_
     assert first.train().interrupted
     assert trainer(chosen, parted).train().steps == 12
     assert losses(parted) == losses(whole)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "frugal", "adagrad-accelerated"])
+def test_a_wrapper_trains_around_any_optimizer_by_slug(tiny, inner):
+    chosen = ["optimizer.name=perpgrad-stablemax", f"optimizer.inner={inner}", "optimizer.lr=0.01"]
+    subject = trainer([*tiny, *chosen])
+    subject.train()
+    assert type(subject.optimizer.optimizer) is catalogue.get(inner, "optimizer").load()
+    assert subject.optimizer.param_groups[0]["initial_lr"] == 0.01
+
+
+def test_an_optimizer_that_differentiates_twice_trains_without_compiler_and_alone(tiny):
+    chosen = [*tiny, "optimizer.name=adahessian", "optimizer.lr=0.05", "train.compile=true"]
+    subject = trainer(chosen)
+    assert not subject.compiled
+    config = load(overrides=chosen)
+    two = Workers(rank=0, count=2, local_rank=0, local_count=2)
+    with pytest.raises(TrainError, match=r"'adahessian' differentiates the gradient: launch.workers must be 1, got 2"):
+        Trainer(config, prepare_corpus(config, Display(quiet=True)), None, two)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_told(tiny, tmp_path):

@@ -41,6 +41,14 @@ _COMMON: dict[str, Constraint] = {
 }
 
 
+_TRAINED = ("gradients", "graph")
+_PROTOCOLS = {
+    "loss": "evaluates the loss itself, several times a step",
+    "margins": "steps from the margins of a linear classifier",
+    "outputs": "asks for the gradient with respect to the model's outputs",
+}
+
+
 class MethodError(ValueError):
     """A method's section that its constructor does not accept."""
 
@@ -53,11 +61,30 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
         raise MethodError(f"{role}.name: {error.args[0]}") from error
     except ImportError as error:
         raise MethodError(f"{role}.name: {error}") from error
+    protocol = getattr(cls, "step_protocol", "gradients")
+    if role == "optimizer" and protocol not in _TRAINED:
+        raise MethodError(
+            f"optimizer.name: '{section.name}' {_PROTOCOLS[protocol]}, which `headway train` does not do: "
+            f"use {cls.__name__} in a loop of your own (`headway methods show {section.name}`)"
+        )
     hints = _parameters(cls)
+    if _wraps(cls):  # its section also holds the options of the optimizer that it wraps
+        inner = section.options.get("inner", inspect.signature(cls.for_model).parameters["inner"].default)
+        try:
+            wrapped = get(inner, role).load()
+        except (KeyError, ImportError) as error:
+            raise MethodError(f"{role}.inner: {error.args[0]}") from error
+        if getattr(wrapped, "step_protocol", "gradients") != "gradients" or _wraps(wrapped):
+            raise MethodError(f"{role}.inner must be an optimizer that steps from gradients, got {inner!r}")
+        hints = {**_parameters(wrapped), **hints}
+        constraints = {**getattr(wrapped, "constraints", _COMMON), **getattr(cls, "constraints", {})}
+        constraints.pop("inner", None)  # the wrapper's own is a slug
+    else:
+        constraints = getattr(cls, "constraints", _COMMON)
     for key, value in section.options.items():
         if key not in hints:
             raise MethodError(f"unknown key '{role}.{key}' for {section.name}{nearest(key, hints)}")
-        constraint = getattr(cls, "constraints", _COMMON).get(key)
+        constraint = constraints.get(key)
         if constraint is not None and not constraint.accepts(_value(value)):
             raise MethodError(f"{role}.{key} must be {constraint.describe()}, got {value!r}")
         if not _fits(value, hints[key]):
@@ -65,7 +92,7 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
 
     import torch
 
-    toy = torch.nn.Linear(2, 2)
+    toy = torch.nn.Linear(1024, 1024)  # large enough for a rank
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about the toy says nothing about the model
@@ -94,7 +121,8 @@ def build_optimizer(section: MethodSection, model: Any) -> Any:
     if hasattr(cls, "for_model"):
         return cls.for_model(model, **options)
     known = inspect.signature(cls).parameters
-    if "fused" in known and not ({"fused", "foreach", "differentiable"} & set(options)):
+    torchs = cls.__module__.startswith("torch.")  # this package's own choose the kernel by themselves
+    if torchs and "fused" in known and not ({"fused", "foreach", "differentiable"} & set(options)):
         options["fused"] = True
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not options.get("weight_decay"):
@@ -116,6 +144,11 @@ def build_schedule(section: MethodSection, optimizer: Any, total_steps: int) -> 
         if name in known:
             options.setdefault(name, value)
     return cls(optimizer, **options)
+
+
+def _wraps(cls: Any) -> bool:
+    """Whether a class is built around another optimizer, which `for_model` takes by its slug."""
+    return hasattr(cls, "from_parameters")
 
 
 def _parameters(cls: Any) -> dict[str, Any]:

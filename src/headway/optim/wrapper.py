@@ -44,6 +44,9 @@ class OptimizerWrapper(Optimizer):
     """
 
     inner_default: ClassVar[str] = "adamw"
+    # Fused optimizers undo a GradScaler's scale themselves, once it has set it on them. It would set it on the wrapper,
+    # where they do not look.
+    _step_supports_amp_scaling: ClassVar[bool] = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Optimizer):

@@ -84,8 +84,14 @@ class Trainer:
         self.schedule = build_schedule(self.config.schedule, self.optimizer, train.steps)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+        self.twice = getattr(self.optimizer, "step_protocol", "gradients") == "graph"
+        if self.twice:
+            self._prepare_double_backward()
+        # Hooks on layers do not run in a compiled graph, and a compiled graph cannot be differentiated twice.
+        eager = self.twice or getattr(self.optimizer, "needs_model", False)
+
         self.objective: nn.Module = NextTokenLoss(self.model)
-        self.compiled = train.compile and _can_compile(self.device, self.display)
+        self.compiled = train.compile and not eager and _can_compile(self.device, self.display)
         if self.compiled:
             self.objective.compile()
         if self.workers.count > 1:
@@ -132,6 +138,16 @@ class Trainer:
             if self.log is not None:
                 self.log.close()
         return Result(self.step, self.validation_loss, self.interrupted)
+
+    def _prepare_double_backward(self) -> None:
+        """Set up what an optimizer needs that differentiates the gradient."""
+        if self.workers.count > 1:
+            # DistributedDataParallel averages gradients without their graph.
+            raise TrainError(
+                f"optimizer '{self.config.optimizer.name}' differentiates the gradient: "
+                f"launch.workers must be 1, got {self.workers.count}"
+            )
+        self.model.set_attn_implementation("eager")  # fused attention cannot be differentiated twice
 
     def _one_step(self) -> None:
         start = time.perf_counter()
@@ -190,7 +206,10 @@ class Trainer:
                 if isinstance(self.objective, DistributedDataParallel) and not last:
                     stack.enter_context(self.objective.no_sync())
                 loss = self._loss(x.to(self.device), y.to(self.device)) / self.accumulation
-                loss.backward()
+                with warnings.catch_warnings():
+                    # The cycle between parameter and gradient that it warns of ends with zero_grad().
+                    warnings.filterwarnings("ignore", "Using backward")
+                    loss.backward(create_graph=self.twice)
             total += loss.detach()
         return total
 

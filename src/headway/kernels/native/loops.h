@@ -139,8 +139,15 @@ static void adam(const adam_rule *rule, const adam_tensor *tensor, int half, siz
 /* Exponent bits all ones: the bits without the sign are at least those of infinity. */
 static int nonfinite_float(const uint32_t *bits, size_t count) {
     int32_t largest = 0;
+    const size_t q = count / ST;
 #pragma omp simd reduction(max : largest)
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < q; i++) {
+        for (int k = 0; k < ST; k++) {
+        int32_t magnitude = (int32_t)(bits[i + k * q] & 0x7fffffff);
+        largest = magnitude > largest ? magnitude : largest;
+        }
+    }
+    for (size_t i = q * ST; i < count; i++) {
         int32_t magnitude = (int32_t)(bits[i] & 0x7fffffff);
         largest = magnitude > largest ? magnitude : largest;
     }
