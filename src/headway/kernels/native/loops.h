@@ -136,18 +136,22 @@ static void adam(const adam_rule *rule, const adam_tensor *tensor, int half, siz
 #undef CASE
 }
 
+/* Loops over one or two arrays run through a chunk in several places at once: the processor fetches ahead within each
+   stream, and one stream leaves memory idle. What does not divide evenly comes last. */
+enum { STREAMS = 4 };
+
 /* Exponent bits all ones: the bits without the sign are at least those of infinity. */
 static int nonfinite_float(const uint32_t *bits, size_t count) {
+    const size_t stream = count / STREAMS;
     int32_t largest = 0;
-    const size_t q = count / ST;
 #pragma omp simd reduction(max : largest)
-    for (size_t i = 0; i < q; i++) {
-        for (int k = 0; k < ST; k++) {
-        int32_t magnitude = (int32_t)(bits[i + k * q] & 0x7fffffff);
-        largest = magnitude > largest ? magnitude : largest;
+    for (size_t i = 0; i < stream; i++) {
+        for (size_t s = 0; s < STREAMS; s++) {
+            int32_t magnitude = (int32_t)(bits[s * stream + i] & 0x7fffffff);
+            largest = magnitude > largest ? magnitude : largest;
         }
     }
-    for (size_t i = q * ST; i < count; i++) {
+    for (size_t i = STREAMS * stream; i < count; i++) {
         int32_t magnitude = (int32_t)(bits[i] & 0x7fffffff);
         largest = magnitude > largest ? magnitude : largest;
     }
@@ -155,56 +159,69 @@ static int nonfinite_float(const uint32_t *bits, size_t count) {
 }
 
 static int nonfinite_bfloat16(const uint16_t *bits, size_t count) {
+    const size_t stream = count / STREAMS;
     int16_t largest = 0;
 #pragma omp simd reduction(max : largest)
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < stream; i++) {
+        for (size_t s = 0; s < STREAMS; s++) {
+            int16_t magnitude = (int16_t)(bits[s * stream + i] & 0x7fff);
+            largest = magnitude > largest ? magnitude : largest;
+        }
+    }
+    for (size_t i = STREAMS * stream; i < count; i++) {
         int16_t magnitude = (int16_t)(bits[i] & 0x7fff);
         largest = magnitude > largest ? magnitude : largest;
     }
     return largest >= 0x7f80;
 }
 
-/* Appending is for the few blocks that hold something to append: they are found by a vector comparison. */
-static size_t bracket(const uint32_t *bits, size_t count, uint32_t low, uint32_t high, uint32_t *inside, size_t *found) {
-    enum { STRIP = 16 };
+enum { STRIP = 16 };
+
+/* `bracket` on a strip; returns how many are above. Appending, one by one, is for the few strips that hold something to append: a vector comparison
+   finds them. */
+INLINE size_t bracket_strip(const uint32_t *restrict x, size_t count, uint32_t low, uint32_t high, uint32_t *restrict inside, size_t *found) {
     const int32_t lowest = (int32_t)low, highest = (int32_t)high;
-    size_t above = 0, kept = 0;
-    for (size_t start = 0; start < count; start += STRIP) {
-        const size_t strip = count - start < STRIP ? count - start : STRIP;
-        const uint32_t *restrict x = bits + start;
-        int32_t larger = 0, hits = 0;
-        if (strip == STRIP) { /* a constant number of turns is unrolled into straight vector code */
-#pragma omp simd reduction(+ : larger, hits)
-            for (size_t i = 0; i < STRIP; i++) {
-                int32_t magnitude = (int32_t)(x[i] & 0x7fffffff);
-                larger += magnitude > highest;
-                hits += magnitude >= lowest;
-            }
-        } else {
-            for (size_t i = 0; i < strip; i++) {
-                int32_t magnitude = (int32_t)(x[i] & 0x7fffffff);
-                larger += magnitude > highest;
-                hits += magnitude >= lowest;
-            }
-        }
-        above += (size_t)larger;
-        if (hits == larger) continue;
-        for (size_t i = 0; i < strip; i++) {
+    int32_t above = 0, hits = 0;
+    size_t kept = *found;
+#pragma omp simd reduction(+ : above, hits)
+    for (size_t i = 0; i < count; i++) {
+        int32_t magnitude = (int32_t)(x[i] & 0x7fffffff);
+        above += magnitude > highest;
+        hits += magnitude >= lowest;
+    }
+    if (hits != above) {
+        for (size_t i = 0; i < count; i++) {
             uint32_t magnitude = x[i] & 0x7fffffff;
             inside[kept] = magnitude;
             kept += magnitude - low <= high - low;
         }
+        *found = kept;
     }
+    return (size_t)above;
+}
+
+static size_t bracket(const uint32_t *bits, size_t count, uint32_t low, uint32_t high, uint32_t *inside, size_t *found) {
+    const size_t stream = count / STREAMS / STRIP * STRIP;
+    size_t above = 0, kept = 0;
+    for (size_t i = 0; i < stream; i += STRIP)
+        for (size_t s = 0; s < STREAMS; s++)
+            above += bracket_strip(bits + s * stream + i, STRIP, low, high, inside, &kept);
+    above += bracket_strip(bits + STREAMS * stream, count - STREAMS * stream, low, high, inside, &kept);
     *found = kept;
     return above;
 }
 
+INLINE float clamped(float x, float bound) {
+    x = x < -bound ? -bound : x;
+    return x > bound ? bound : x;
+}
+
 static void clamp(float *x, size_t count, float bound) {
+    const size_t stream = count / STREAMS;
 #pragma omp simd
-    for (size_t i = 0; i < count; i++) {
-        float c = x[i] < -bound ? -bound : x[i];
-        x[i] = c > bound ? bound : c;
-    }
+    for (size_t i = 0; i < stream; i++)
+        for (size_t s = 0; s < STREAMS; s++) x[s * stream + i] = clamped(x[s * stream + i], bound);
+    for (size_t i = STREAMS * stream; i < count; i++) x[i] = clamped(x[i], bound);
 }
 
 /* Sums run in LANES lanes, element i in lane i mod LANES, on every instruction set; WIDTH of them share a register. */
@@ -239,7 +256,10 @@ INLINE void add_dots(double_register wg[], double_register ww[], double_register
 
 static void dots(const float *g, const float *w, size_t count, double sums[3]) {
     double_register wg[REGISTERS] = {0}, ww[REGISTERS] = {0}, gg[REGISTERS] = {0};
-    size_t i = 0;
+    const size_t stream = count / PAIRS / LANES * LANES;
+    for (size_t i = 0; i < stream; i += LANES)
+        for (size_t s = 0; s < PAIRS; s++) add_dots(wg, ww, gg, g + s * stream + i, w + s * stream + i);
+    size_t i = PAIRS * stream;
     for (; i + LANES <= count; i += LANES) add_dots(wg, ww, gg, g + i, w + i);
     if (i < count) {
         float last_g[LANES] = {0}, last_w[LANES] = {0};
