@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from tests.kernels.conftest import needs_library
 
 from headway.kernels import library
 from headway.kernels.adam import adam_, adam_reference_
-from tests.kernels.conftest import needs_library
 
 RULE = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 OPTIONS = {
@@ -99,7 +99,9 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits():
 @needs_library
 def test_an_element_does_not_depend_on_its_place():
     whole = step(adam_, lists([(1001,)], friction=True), native=True, **OPTIONS["all"])
-    parts = [[x[0][start : start + 13].clone() for start in range(0, 1001, 13)] for x in lists([(1001,)], friction=True)]
+    parts = [
+        [x[0][start : start + 13].clone() for start in range(0, 1001, 13)] for x in lists([(1001,)], friction=True)
+    ]
     count = len(parts[0])
     step(adam_, parts, native=True, **OPTIONS["all"], step_sizes=[0.01] * count, root_scales=[1.0] * count)
     for own, other in zip(parts, whole, strict=True):
@@ -183,7 +185,7 @@ def test_empty_lists():
 
 def test_lists_of_unequal_length_are_refused():
     one, two = [torch.ones(2)], [torch.ones(2), torch.ones(2)]
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         adam_(one, two, one, one, step_sizes=[1], root_scales=[1], **RULE)
 
 

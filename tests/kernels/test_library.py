@@ -9,11 +9,11 @@ import threading
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from tests.kernels.conftest import needs_library
 
 from headway.kernels import library
 from headway.kernels.adam import adam_
 from headway.kernels.finite import first_nonfinite
-from tests.kernels.conftest import needs_library
 
 
 def run_python(code: str, **environment: str) -> str:

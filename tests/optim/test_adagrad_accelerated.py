@@ -295,11 +295,14 @@ def test_diag_stays_bounded_where_squares_underflow():
     assert (p.abs() <= 1).all()
 
 
-def test_a_gradient_that_is_not_finite_is_not_hidden():
+def test_a_gradient_that_is_not_finite_is_refused_by_name_and_changes_nothing():
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([float("nan"), 1.0])
-    AdaGradAGD([p]).step()
-    assert p.isnan().all()
+    optimizer = AdaGradAGD([p])
+    with pytest.raises(FloatingPointError, match="parameter 0 of group 0"):
+        optimizer.step()
+    assert p.tolist() == [0.0, 0.0]
+    assert "sum_of_squares" not in optimizer.param_groups[0]
 
 
 @pytest.mark.parametrize("mode", MODES)

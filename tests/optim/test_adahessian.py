@@ -295,6 +295,18 @@ def test_a_loss_that_is_linear_in_a_parameter_has_no_curvature_there():
     torch.testing.assert_close(only.detach(), torch.full((2,), 1 - 0.1 * 3 / 0.5))
 
 
+def test_accumulated_micro_batches_equal_the_whole_batch():
+    parts, whole = start(torch.float64), start(torch.float64)
+    optimizer = AdaHessian(parts)
+    for step in range(3):
+        optimizer.zero_grad()
+        for micro in (2 * step, 2 * step + 1):
+            (loss_of(parts, micro) / 2).backward(create_graph=True)
+        optimizer.step()
+    train(AdaHessian(whole), whole, 3, loss=lambda ps, step: (loss_of(ps, 2 * step) + loss_of(ps, 2 * step + 1)) / 2)
+    assert_close(parts, whole, rtol=1e-10, atol=1e-10)
+
+
 def test_the_step_frees_the_graph_and_leaves_the_gradient():
     params = start()
     optimizer = AdaHessian(params)

@@ -154,7 +154,7 @@ def _wraps(cls: Any) -> bool:
 def _parameters(cls: Any) -> dict[str, Any]:
     """The constructor's keyword arguments that a file may set, with their type hints."""
     found: dict[str, Any] = {}
-    for function in (cls.__init__, getattr(cls, "for_model", None)):
+    for function in (getattr(cls, "for_model", None), cls.__init__):
         if function is None:
             continue
         try:

@@ -59,7 +59,7 @@ def adam_(
     """
     position_lists = [params, grads, exp_avgs, exp_avg_sqs] + ([] if previous_grads is None else [previous_grads])
     positions = list(zip(*position_lists, strict=True))
-    refused = range(len(positions))
+    refused = list(range(len(positions)))
     if native is not False:
         loaded = library.library()
         taken: dict[torch.dtype, list[int]] = {torch.float32: [], torch.bfloat16: []}
@@ -73,7 +73,7 @@ def adam_(
             else:
                 refused.append(index)
         for dtype, indices in taken.items():
-            if indices:
+            if loaded is not None and indices:
                 _run(
                     loaded,
                     [positions[index] for index in indices],
@@ -200,5 +200,6 @@ def adam_reference_(
     torch._foreach_addcdiv_(points, numerators, denominators, [-size for size in step_sizes])
     if decay_after != 1:
         torch._foreach_mul_(points, decay_after)
-    if points[0].dtype != weights[0].dtype:
-        torch._foreach_copy_(weights, points)
+    for weight, point in zip(weights, points, strict=True):
+        if weight is not point:
+            weight.copy_(point)

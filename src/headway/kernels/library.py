@@ -90,9 +90,10 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     loaded.headway_set_pool.restype = None
     # PyTorch makes the symbols of its own libgomp global; where it has none, the kernels run on one thread.
     process = ctypes.CDLL(None)
-    pool = [getattr(process, name, None) for name in ("GOMP_parallel", "omp_get_thread_num")]
-    if None not in pool:
-        loaded.headway_set_pool(*[ctypes.cast(function, _pointer) for function in pool])
+    if hasattr(process, "GOMP_parallel") and hasattr(process, "omp_get_thread_num"):
+        loaded.headway_set_pool(
+            ctypes.cast(process.GOMP_parallel, _pointer), ctypes.cast(process.omp_get_thread_num, _pointer)
+        )
     return loaded, ""
 
 

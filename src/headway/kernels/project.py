@@ -24,11 +24,12 @@ def project_orthogonal_(grads: Sequence[Tensor], weights: Sequence[Tensor], *, r
     tensor([0., 5.])
     """
     loaded = library.library()
-    taken, refused = [], []
+    taken: list[tuple[Tensor, Tensor]] = []
+    refused: list[tuple[Tensor, Tensor]] = []
     for pair in zip(grads, weights, strict=True):
         native = loaded is not None and all(library.takes(t) for t in pair) and library.dense_alike(*pair)
         (taken if native else refused).append(pair)
-    if taken:
+    if loaded is not None and taken:
         own_grads, own_weights = zip(*taken, strict=True)
         if not loaded.headway_project(
             len(taken),
@@ -44,11 +45,12 @@ def project_orthogonal_(grads: Sequence[Tensor], weights: Sequence[Tensor], *, r
 
 
 def project_orthogonal_reference_(grads: Sequence[Tensor], weights: Sequence[Tensor], *, renormalize: bool) -> None:
-    """The same in torch operations; the dot products are accumulated in the precision of `torch.dot`."""
+    """The same in torch operations, in float64 (float32 on devices without it)."""
     for g, w in zip(grads, weights, strict=True):
-        norm = torch.linalg.vector_norm(g)
-        along = (w * g).sum() / (w.square().sum() + 1e-30)
-        g.sub_(along * w)
-        rest = torch.linalg.vector_norm(g)
-        scale = norm / (rest + 1e-30) if renormalize else torch.ones_like(rest)
-        g.mul_(torch.where(rest < _PARALLEL * norm, 0.0, scale))
+        dtype = torch.float32 if g.device.type == "mps" else torch.float64
+        wide, weight = g.to(dtype), w.to(dtype)
+        norm = torch.linalg.vector_norm(wide)
+        rest = wide - (weight * wide).sum() / (weight.square().sum() + 1e-30) * weight
+        length = torch.linalg.vector_norm(rest)
+        scale = norm / (length + 1e-30) if renormalize else torch.ones_like(length)
+        g.copy_(rest * torch.where(length < _PARALLEL * norm, 0.0, scale))

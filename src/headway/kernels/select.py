@@ -81,7 +81,7 @@ def _bin_of(counts: Tensor, k: int) -> tuple[int, int]:
 
 
 def clamp_magnitude_(tensors: Sequence[Tensor], bound: float) -> None:
-    """x <- sign(x) min(|x|, bound), in place; NaN stays NaN.
+    """Each x <- sign(x) min(|x|, bound), in place; NaN stays NaN.
 
     >>> x = torch.tensor([3.0, -2.0, 0.5])
     >>> clamp_magnitude_([x], 1.0); x
@@ -89,7 +89,7 @@ def clamp_magnitude_(tensors: Sequence[Tensor], bound: float) -> None:
     """
     loaded = library.library()
     taken = [t for t in tensors if loaded is not None and library.takes(t)]
-    if taken:
+    if loaded is not None and taken:
         count = len(taken)
         if not loaded.headway_clamp(
             count, library.sizes(taken), library.pointers(taken), bound, torch.get_num_threads()

@@ -43,6 +43,11 @@ from headway.optim.last_iterate_mirror_descent import (
     last_iterate_lambda,
     suggest_eta,
 )
+from headway.optim.mkor import (
+    MKOR,
+    HybridSwitch,
+    update_inverse,
+)
 from headway.optim.normalized_logistic_gd import (
     NormalizedLogisticGD,
     separate,
@@ -74,6 +79,12 @@ from headway.optim.spam import (
     GradientSpikes,
     spam_param_groups,
 )
+from headway.optim.swan import (
+    SWAN,
+    grad_norm,
+    grad_whiten,
+    swan_param_groups,
+)
 from headway.optim.target_surrogate import (
     TargetSurrogate,
     autograd_target_grad,
@@ -84,7 +95,9 @@ from headway.optim.wrapper import (
 
 __all__ = [
     "CBO",
+    "MKOR",
     "SPAM",
+    "SWAN",
     "AdaGradAGD",
     "AdaHessian",
     "CompositeMirrorDescent",
@@ -95,6 +108,7 @@ __all__ = [
     "GNSNewton",
     "GradientSpikeMonitor",
     "GradientSpikes",
+    "HybridSwitch",
     "LastIterateLR",
     "ModuleCBO",
     "NormalizedLogisticGD",
@@ -119,6 +133,8 @@ __all__ = [
     "fisher",
     "frugal_param_groups",
     "gns_minimize",
+    "grad_norm",
+    "grad_whiten",
     "last_iterate_lambda",
     "log_stablemax",
     "power_norm",
@@ -129,5 +145,7 @@ __all__ = [
     "stablemax",
     "stablemax_cross_entropy",
     "suggest_eta",
+    "swan_param_groups",
+    "update_inverse",
     "weighted_gauss_newton",
 ]

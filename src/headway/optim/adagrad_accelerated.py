@@ -19,7 +19,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
+from headway.optim.checks import gradients, local
 from headway.optim.evaluation_point import EvaluationPointOptimizer
+from headway.optim.state import restore_state
 
 __all__ = ["AdaGradAGD", "adagrad_bound"]
 
@@ -92,6 +94,7 @@ class AdaGradAGD(EvaluationPointOptimizer):
         ValueError: for a value outside its range, `alpha` with `adagrad`, `process_group` with `diag`, sharded
             parameters without `process_group`.
         RuntimeError: from `step()`, for a sparse gradient or in evaluation mode.
+        FloatingPointError: from `step()`, for a gradient that is not finite; nothing is changed.
 
     A `state_dict` holds x, S, t and all settings, except a callable `alpha`: functions cannot be loaded safely,
     so the optimizer that loads the state has to be built with it.
@@ -182,7 +185,12 @@ class AdaGradAGD(EvaluationPointOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = [batch for group in self.param_groups for batch in self._batches(group)]
+        ready = gradients("AdaGradAGD", self.param_groups)
+        batches = [
+            batch
+            for group, params in zip(self.param_groups, ready, strict=True)
+            for batch in self._batches(group, params)
+        ]
         for batch in batches:
             self._prepare(batch)
         self._accumulate_norm([batch for batch in batches if batch.group["mode"] == "norm"])
@@ -190,15 +198,10 @@ class AdaGradAGD(EvaluationPointOptimizer):
             self._advance(batch)
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> list[_Batch]:
-        """The group's parameters with a gradient, by device, dtype and step: what one foreach call can take."""
+    def _batches(self, group: dict[str, Any], ready: list[Any]) -> list[_Batch]:
+        """Parameters with a gradient, by device, dtype and step: what one foreach call can take."""
         batches: dict[tuple[torch.device, torch.dtype, int], _Batch] = {}
-        for p in group["params"]:
-            grad = p.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError("AdaGradAGD does not support sparse gradients")
+        for p in ready:
             state = self.state.get(p)
             t = state["step"] + 1 if state else 1
             key = (p.device, p.dtype, t)
@@ -206,7 +209,7 @@ class AdaGradAGD(EvaluationPointOptimizer):
             if batch is None:
                 batch = batches[key] = _Batch(group, t, _alpha(group, t), _alpha(group, t + 1))
             batch.params.append(p)
-            batch.grads.append(grad)
+            batch.grads.append(p.grad)
         return list(batches.values())
 
     def _prepare(self, batch: _Batch) -> None:
@@ -222,8 +225,8 @@ class AdaGradAGD(EvaluationPointOptimizer):
                 elif group["mode"] == "tensor":
                     state["sum_of_squares"] = _scalar(group["initial_accumulator"], p.device)
             state["step"] = batch.t
-        batch.points = _as(compute, _local(batch.params))
-        batch.grads = _as(compute, _local(batch.grads))
+        batch.points = _as(compute, local(batch.params))
+        batch.grads = _as(compute, local(batch.grads))
         if group["maximize"]:
             batch.grads = list(torch._foreach_neg(batch.grads))
         if group["weight_decay"] and not group["decoupled"]:
@@ -259,7 +262,7 @@ class AdaGradAGD(EvaluationPointOptimizer):
             shared = self.param_groups[0]["sum_of_squares"]
             inverse = _inverse_root(shared, eps).to(device=batch.grads[0].device, dtype=compute)
             return list(torch._foreach_mul(batch.grads, inverse))
-        sums = _local([state["sum_of_squares"] for state in batch.states])
+        sums = local([state["sum_of_squares"] for state in batch.states])
         if mode == "tensor":
             squares = batch.weight * self._squared_norms(batch)
             if self.process_group is not None:
@@ -287,14 +290,14 @@ class AdaGradAGD(EvaluationPointOptimizer):
         if variant == "adagrad":
             torch._foreach_add_(points, directions, alpha=-lr)
         else:
-            xs = _local([state["x"] for state in batch.states])
+            xs = local([state["x"] for state in batch.states])
             torch._foreach_add_(xs, directions, alpha=-lr / batch.alpha if variant == "accelegrad" else -lr)
             ratio = _RATIO[variant](batch.alpha)
             if ratio:
                 torch._foreach_add_(points, directions, alpha=-lr * ratio)
             torch._foreach_lerp_(points, xs, batch.next_alpha)
         if points[0].dtype != batch.params[0].dtype:
-            torch._foreach_copy_(_local(batch.params), points)
+            torch._foreach_copy_(local(batch.params), points)
 
     def evaluation_point(self, group: Mapping[str, Any], p: Tensor) -> Tensor | None:
         """The sequence that `final_point` names, or None where x_bar is to be reported."""
@@ -328,11 +331,7 @@ class AdaGradAGD(EvaluationPointOptimizer):
         for alpha, group, saved in zip(own, self.param_groups, state_dict["param_groups"], strict=True):
             if saved["alpha"] == _CALLABLE:
                 group["alpha"] = alpha
-            # torch has cast all floating-point state to the parameters' dtype.
-            for p, index in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(index, {}).items():
-                    if isinstance(value, Tensor):
-                        self.state[p][name] = value.to(p.device, copy=True)
+        restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}
@@ -420,11 +419,6 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _as(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
-
-
-def _local(tensors: list[Any]) -> list[Tensor]:
-    """The tensors, or this rank's parts of distributed ones."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 def _any_sharded(params: list[Any]) -> bool:

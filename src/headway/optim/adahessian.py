@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.checks import refuse_complex, refuse_sharded, require_finite
 from headway.optim.curvature import hessian_diagonal, rademacher
+from headway.optim.state import restore_state
 from headway.optim.subspace import seeded_generator
 
 __all__ = ["AdaHessian", "block_average"]
@@ -286,14 +287,7 @@ class AdaHessian(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its dtypes: that of 16-bit parameters stays fp32."""
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, params, strict=True):
-            if index in state_dict["state"]:
-                self.state[p] = {
-                    name: value.to(device=p.device, copy=True) if isinstance(value, Tensor) else value
-                    for name, value in state_dict["state"][index].items()
-                }
+        restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}

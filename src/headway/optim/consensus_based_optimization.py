@@ -26,6 +26,7 @@ from headway.optim.consensus import (
     consensus_weights,
     require_some_finite,
 )
+from headway.optim.state import restore_state
 from headway.optim.subspace import seeded_generator
 
 __all__ = ["CBO", "ConsensusBasedOptimizer", "ModuleCBO", "cbo_minimize"]
@@ -183,10 +184,7 @@ class ConsensusBasedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the particles of 16-bit parameters stay in fp32."""
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if index in state_dict["state"]:
-                self.state[p]["particles"] = state_dict["state"][index]["particles"].to(p.device, copy=True)
+        restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
 from headway.optim.checks import gradients, local, refuse_complex
+from headway.optim.state import restore_state, state_bytes
 
 __all__ = ["DiffGrad"]
 
@@ -166,17 +167,9 @@ class DiffGrad(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors, of this rank's parts where parameters are sharded."""
-        tensors = [v for state in self.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return sum(t.numel() * t.element_size() for t in local(tensors))
+        return state_bytes(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its dtypes: that of 16-bit parameters stays fp32."""
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, params, strict=True):
-            if index in state_dict["state"]:
-                self.state[p] = {
-                    name: value.to(device=p.device, copy=True) if isinstance(value, Tensor) else value
-                    for name, value in state_dict["state"][index].items()
-                }
+        restore_state(self, state_dict)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
+from headway.optim.checks import gradients
+from headway.optim.grouping import hidden_matrices
+from headway.optim.state import restore_state, state_bytes
 from headway.optim.subspace import (
     BLOCK_ORDERS,
     COORDINATE_PROJECTIONS,
@@ -33,8 +36,6 @@ from headway.optim.subspace import (
 )
 
 __all__ = ["Frugal", "frugal_param_groups"]
-
-_HEADS = frozenset({"classifier", "cls", "embed_out", "head", "lm_head", "qa_outputs", "score"})
 
 # Temporaries of one batched operation hold at most this many elements (or one tensor): the memory that
 # the method saves must not come back as scratch space.
@@ -98,6 +99,7 @@ class Frugal(Optimizer):
             `projected=True` and any projection other than `blocks` and `randk`; `mirror` with an odd number of
             active tensors; `reproject` with `svd` or `random`; complex parameters.
         RuntimeError: sparse gradients.
+        FloatingPointError: a gradient that is not finite; nothing is changed.
 
     Source: Zmushko et al., arXiv 2411.07837, and the authors' code (fzmushko/FRUGAL at c7ebe4c). Departures from the
     code: one counter per group, not the first parameter's own, drives `update_gap`; a full-rank subspace
@@ -213,24 +215,12 @@ class Frugal(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors: moments, subspaces and, with `reproject`, the entries' counts."""
-        return sum(
-            value.numel() * value.element_size()
-            for state in self.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
+        return state_bytes(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its dtypes: moments of 16-bit parameters stay fp32, indices integers."""
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(saved, parameters, strict=True):
-            if index in state_dict["state"]:
-                self.state[parameter] = {
-                    name: value.to(device=parameter.device, copy=True) if isinstance(value, Tensor) else value
-                    for name, value in state_dict["state"][index].items()
-                }
+        restore_state(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -239,12 +229,11 @@ class Frugal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group_index, group in enumerate(self.param_groups):
-            ready = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for group_index, (group, ready) in enumerate(
+            zip(self.param_groups, gradients("Frugal", self.param_groups), strict=True)
+        ):
             if not ready:
                 continue
-            if any(parameter.grad.layout != torch.strided for parameter in ready):
-                raise RuntimeError("Frugal does not support sparse gradients")
             self._change_subspace(group_index, group)
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(ready, 1 - group["lr"] * group["weight_decay"])
@@ -384,27 +373,13 @@ def frugal_param_groups(
     >>> [[tuple(p.shape) for p in group["params"]] for group in frugal_param_groups(model)]
     [[(4, 4)], [(10, 4), (4,), (10, 4), (10,)]]
     """
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    chosen: set[int] = set()
-    found = False
-    for name, module in model.named_modules():
+    chosen = hidden_matrices(model, target_modules, include_head)
+    for module in model.modules():
         if isinstance(module, nn.Embedding):
             if include_embeddings:
                 chosen.add(id(module.weight))
-        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            weight = module.weight
-            head = module is output or not _HEADS.isdisjoint(name.split(".")) or id(weight) in embeddings
-            named = targets is not None and any(target in name for target in targets)
-            found = found or named
-            if named or (head and include_head) or (not head and targets is None):
-                chosen.add(id(weight))
         elif include_norms and "norm" in type(module).__name__.lower():
             chosen.update(id(parameter) for parameter in module.parameters(recurse=False))
-    if targets is not None and not found:
-        raise ValueError(f"target_modules must name linear layers of the model, got {target_modules!r}")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if id(parameter) in chosen], "projected": True},

@@ -269,6 +269,10 @@ class MKOR(OptimizerWrapper):
         if decision:
             self.remove_hooks()
 
+    def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By layer, a and g of the backward passes since the last step, as a refresh uses them on this rank."""
+        return {layer.name: (layer.a / layer.passes, layer.g) for layer in self._layers if layer.passes}
+
     def remove_hooks(self) -> None:
         """Leave the model; from here on each step is the inner optimizer's alone, and the factors are freed."""
         self.active = False
@@ -497,11 +501,11 @@ def update_inverse(P: Tensor, v: Tensor, *, decay: float, variant: str = "offici
         u = P @ column
         w = u * ((1 - decay) / (decay + (1 - decay) * (column.T @ u))).sqrt()
         return torch.addmm(P, w, w.T, alpha=-1).div_(decay)
-    Q = decay * P
-    Q.diagonal().add_(1 - decay)
-    u = Q @ column
+    u = torch.addmm(column, P, column, beta=1 - decay, alpha=decay)  # Q v
     w = u / (1 + column.T @ u).sqrt()
-    return Q.addmm_(w, w.T, alpha=-1)
+    updated = torch.addmm(P, w, w.T, beta=decay, alpha=-1)
+    updated.diagonal().add_(1 - decay)
+    return updated
 
 
 @dataclass(eq=False)

@@ -21,6 +21,7 @@ from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
 from headway.optim.opposing_pairs import OpposingSignals, Pair
 from headway.optim.quantile import magnitude_quantile
+from headway.optim.state import restore_state
 
 __all__ = ["OpposingSignals", "Pair", "SplitSGD"]
 
@@ -170,10 +171,7 @@ class SplitSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the momentum of 16-bit parameters stays in fp32."""
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if index in state_dict["state"]:
-                self.state[p]["momentum_buffer"] = state_dict["state"][index]["momentum_buffer"].to(p.device, copy=True)
+        restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}

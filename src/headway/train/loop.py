@@ -164,6 +164,8 @@ class Trainer:
 
         if math.isfinite(loss_value) and math.isfinite(grad_norm):
             self.optimizer.step()
+            if hasattr(self.optimizer, "observe"):  # a method that decides by the loss, as MKOR-H
+                self.optimizer.observe(loss_value)
         else:
             self._nonfinite(loss_value, grad_norm)
         self.optimizer.zero_grad()

@@ -48,8 +48,9 @@ typedef struct {
     /* Of magnitudes as integers: how many are > high; those in [low, high] go to `inside`, `*found` is their number. */
     size_t (*bracket)(const uint32_t *, size_t, uint32_t low, uint32_t high, uint32_t *inside, size_t *found);
     void (*clamp)(float *, size_t, float bound);
-    /* w.g, w.w and g.g */
+    /* w.g, w.w and g.g; of products rounded to float, or of exact ones */
     void (*dots)(const float *g, const float *w, size_t, double sums[3]);
+    void (*dots_double)(const float *g, const float *w, size_t, double sums[3]);
     /* |g - along w|^2 */
     double (*residual)(const float *g, const float *w, size_t, double along);
     /* g = scale (g - along w), in float or double arithmetic */

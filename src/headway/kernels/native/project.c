@@ -9,60 +9,72 @@
    the cache. */
 #define GROUP ((size_t)1 << 18)
 
+/* |g_perp| below this fraction of |g| is rounding noise. */
 #define PARALLEL 1e-6
+
+/* What float arithmetic leaves along w, at most 6e-7 |g|, and its error of |g_perp| matter more the smaller |g_perp|: below this
+   fraction of |g|^2 for |g_perp|^2, two more passes and the projection are in double. */
+#define CLOSE 0.1
+#define TINY 1e-20
 
 typedef struct {
     double along;
     double scale;
-    int exact; /* g and w are nearly parallel: float arithmetic, or |g|^2 - (w.g)^2 / w.w even in double, cancels */
-    int measure;
+    int close;
 } decision;
 
 typedef struct {
     chunking chunks;
     size_t first_chunk; /* of the group */
-    size_t last_chunk;
     void *const *grads;
     void *const *weights;
     double (*sums)[3]; /* of a chunk */
     decision *decisions; /* of a tensor */
 } job;
 
-static void find(const job *j, size_t chunk, size_t *t, float **g, const float **w, size_t *count) {
-    size_t start, end;
-    *t = chunking_find(&j->chunks, chunk, &start, &end);
-    *g = (float *)j->grads[*t] + start;
-    *w = (const float *)j->weights[*t] + start;
-    *count = end - start;
+typedef struct {
+    size_t chunk;
+    float *g;
+    const float *w;
+    size_t count;
+    decision *decision;
+} piece;
+
+static piece find(const job *j, size_t i) {
+    size_t start, end, chunk = j->first_chunk + i, t = chunking_find(&j->chunks, chunk, &start, &end);
+    return (piece){chunk, (float *)j->grads[t] + start, (const float *)j->weights[t] + start, end - start, j->decisions + t};
 }
 
 static void sum(void *pointer, size_t i) {
     job *j = pointer;
-    size_t t, count, chunk = j->first_chunk + i;
-    float *g;
-    const float *w;
-    find(j, chunk, &t, &g, &w, &count);
-    loops()->dots(g, w, count, j->sums[chunk]);
+    piece p = find(j, i);
+    loops()->dots(p.g, p.w, p.count, j->sums[p.chunk]);
 }
 
-static void measure(void *pointer, size_t i) {
+static void sum_close(void *pointer, size_t i) {
     job *j = pointer;
-    size_t t, count, chunk = j->first_chunk + i;
-    float *g;
-    const float *w;
-    find(j, chunk, &t, &g, &w, &count);
-    if (j->decisions[t].measure) j->sums[chunk][0] = loops()->residual(g, w, count, j->decisions[t].along);
+    piece p = find(j, i);
+    if (p.decision->close) loops()->dots_double(p.g, p.w, p.count, j->sums[p.chunk]);
 }
 
-/* From the last chunk to the first: the end of a tensor too large for the cache is still in it. */
+static void measure_close(void *pointer, size_t i) {
+    job *j = pointer;
+    piece p = find(j, i);
+    if (p.decision->close) j->sums[p.chunk][0] = loops()->residual(p.g, p.w, p.count, p.decision->along);
+}
+
 static void apply(void *pointer, size_t i) {
     job *j = pointer;
-    size_t t, count;
-    float *g;
-    const float *w;
-    find(j, j->first_chunk + i, &t, &g, &w, &count);
-    const decision d = j->decisions[t];
-    (d.exact ? loops()->project_double : loops()->project)(g, w, count, d.along, d.scale);
+    piece p = find(j, i);
+    const decision *d = p.decision;
+    (d->close ? loops()->project_double : loops()->project)(p.g, p.w, p.count, d->along, d->scale);
+}
+
+/* A tensor's sum number n, its chunks in order. */
+static double total(const job *j, size_t t, int n) {
+    double sum = 0;
+    for (size_t chunk = j->chunks.first[t]; chunk < j->chunks.first[t + 1]; chunk++) sum += j->sums[chunk][n];
+    return sum;
 }
 
 static double scale_of(double rest, double norm, int renormalize) {
@@ -75,7 +87,6 @@ EXPORT int headway_project(size_t tensors, const size_t *sizes, void *const *gra
                            int renormalize, int threads) {
     job j = {.grads = grads, .weights = weights};
     if (!chunking_make(&j.chunks, tensors, sizes)) return 0;
-    const size_t *first = j.chunks.first;
     j.sums = malloc((chunking_count(&j.chunks) + 1) * sizeof *j.sums);
     j.decisions = malloc((tensors + 1) * sizeof *j.decisions);
     int done = j.sums && j.decisions;
@@ -83,35 +94,26 @@ EXPORT int headway_project(size_t tensors, const size_t *sizes, void *const *gra
         size_t elements = 0;
         for (end = t; end < tensors && (end == t || elements + sizes[end] <= GROUP * (size_t)threads); end++)
             elements += sizes[end];
-        j.first_chunk = first[t];
-        j.last_chunk = first[end];
-        const size_t chunks = j.last_chunk - j.first_chunk;
-        parallel_for(chunks, threads, sum, &j);
+        j.first_chunk = j.chunks.first[t];
+        const size_t chunks = j.chunks.first[end] - j.first_chunk;
         int any = 0;
+        parallel_for(chunks, threads, sum, &j);
         for (size_t u = t; u < end; u++) {
-            double wg = 0, ww = 0, gg = 0;
-            for (size_t chunk = first[u]; chunk < first[u + 1]; chunk++) {
-                wg += j.sums[chunk][0];
-                ww += j.sums[chunk][1];
-                gg += j.sums[chunk][2];
-            }
-            double along = wg / (ww + 1e-30), rest = gg - along * (2 * wg - along * ww);
-            decision d = {along, scale_of(sqrt(rest > 0 ? rest : 0), sqrt(gg), renormalize), rest < 1e-2 * gg, rest < 1e-6 * gg};
-            any |= d.measure;
-            j.decisions[u] = d;
+            const double wg = total(&j, u, 0), ww = total(&j, u, 1), gg = total(&j, u, 2), along = wg / (ww + 1e-30);
+            const double rest = gg - along * (2 * wg - along * ww);
+            /* Sums that overflowed, and sums so small that products have underflowed, call for double too. */
+            const int close = !(rest >= CLOSE * gg && gg >= TINY && ww >= TINY && gg + ww < INFINITY);
+            j.decisions[u] = (decision){along, close ? 0 : scale_of(sqrt(rest), sqrt(gg), renormalize), close};
+            any |= close;
         }
         if (any) {
-            /* sums[.][2] stays: |g|^2 of the chunk */
-            parallel_for(chunks, threads, measure, &j);
-            for (size_t u = t; u < end; u++) {
-                if (!j.decisions[u].measure) continue;
-                double rest = 0, gg = 0;
-                for (size_t chunk = first[u]; chunk < first[u + 1]; chunk++) {
-                    rest += j.sums[chunk][0];
-                    gg += j.sums[chunk][2];
-                }
-                j.decisions[u].scale = scale_of(sqrt(rest), sqrt(gg), renormalize);
-            }
+            parallel_for(chunks, threads, sum_close, &j);
+            for (size_t u = t; u < end; u++)
+                if (j.decisions[u].close) j.decisions[u].along = total(&j, u, 0) / (total(&j, u, 1) + 1e-30);
+            parallel_for(chunks, threads, measure_close, &j);
+            for (size_t u = t; u < end; u++)
+                if (j.decisions[u].close)
+                    j.decisions[u].scale = scale_of(sqrt(total(&j, u, 0)), sqrt(total(&j, u, 2)), renormalize);
         }
         parallel_for(chunks, threads, apply, &j);
     }
