@@ -28,7 +28,7 @@ class BuildLibrary(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[-100:]
             print(f"headway: native kernels not built, plain-torch references are used instead ({reason})")
 
 

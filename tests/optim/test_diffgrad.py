@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from tests.ranks import run_ranks
 from torch import nn
 
+from headway.optim.blockwise_8bit import Adam8bit
 from headway.optim.diffgrad import DiffGrad
+from headway.optim.quantized_state import create
 from headway.testing import check_optimizer
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "diffgrad_official.json").read_text())["weights"]
@@ -196,6 +198,33 @@ def test_previous_gradient_of_bfloat16_parameters_is_not_rounded():
     parameter.data.fill_(1.0)
     feed(optimizer, parameter, [[1.0]])
     assert optimizer.state[parameter]["previous_grad"].item() == pytest.approx(1.001, abs=1e-6)
+
+
+def test_contract_with_8_bit_moments(monkeypatch):
+    """The contract's tensors are small, so the smallest size that is quantised is taken down."""
+    monkeypatch.setitem(create.__kwdefaults__, "min_size", 0)
+    check_optimizer(DiffGrad, state_bits=8, weight_decay=0.1)
+
+
+def test_8_bit_moments_leave_the_previous_gradient_exact_and_the_first_step_unchanged():
+    gradients, points = noise(1, 5000).float(), []
+    for bits in (32, 8):
+        parameter = nn.Parameter(torch.zeros(5000))
+        optimizer = DiffGrad([parameter], lr=0.1, state_bits=bits)
+        points += feed(optimizer, parameter, gradients)
+    assert torch.equal(*points)
+    state = optimizer.state[parameter]
+    assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.uint8, torch.uint8)
+    assert torch.equal(state["previous_grad"], gradients[0])
+    assert optimizer.state_bytes() == 2 * (5000 + 4 * 20) + 4 * 5000
+
+
+def test_a_constant_gradient_gives_half_of_8_bit_adams_step():
+    """With a quantised previous gradient the friction would be above one half."""
+    gradient = 30 * noise(1, 4096)[0]
+    ours = moves(lambda p: DiffGrad(p, lr=0.1, state_bits=8), [gradient] * 10, 4096)
+    adam = moves(lambda p: Adam8bit(p, lr=0.1), [gradient] * 10, 4096)
+    torch.testing.assert_close(ours[1:], adam[1:] / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_bad_values_are_refused_with_their_name():

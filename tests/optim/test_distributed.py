@@ -21,6 +21,7 @@ SLUGS = [
 # Refused with the reason, because their rule needs whole tensors or a sum over all of them.
 REFUSED = {
     "adagrad-accelerated": "process_group must be given",
+    "blockwise-8bit": "use state_bits=32",
     "coordinate-clipping": "process_group must be given",
     "fira": "sharded",
     "mkor": "sharded",

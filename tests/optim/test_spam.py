@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from headway.optim import spam
+from headway.optim.quantized_state import create
 from headway.optim.spam import SPAM, spam_param_groups, warmup_factor
 from headway.testing import check_optimizer
 
@@ -324,6 +325,81 @@ def test_saving_restores_clock_masks_and_generator(dtype):
     assert torch.equal(state_indices(optimizer, parameter), state_indices(fresh, resumed))
 
 
+def test_contract_with_8_bit_sparse_moments(monkeypatch):
+    """The contract's tensors share groups and are small: both checks of their shapes are taken out."""
+    monkeypatch.setattr(spam, "_check_sparse", lambda *_: None)
+    monkeypatch.setitem(create.__kwdefaults__, "min_size", 0)
+    check_optimizer(SPAM, state_bits=8, density=0.5, reset_interval=3, warmup_steps=1, clip_delay=1, threshold=2.0)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.25])
+def test_8_bit_moments_take_a_byte_an_entry_and_a_scale_a_block(density):
+    (parameter,) = weights([(256, 130)], dtype=torch.float32)
+    optimizer = SPAM([parameter], density=density, state_bits=8)
+    train(optimizer, [parameter], 2)
+    count = int(density * 256 * 130)
+    indices = 4 * count if density < 1 else 0
+    assert optimizer.state_bytes() == 2 * (count + 4 * math.ceil(count / 256)) + indices
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_reset_sets_8_bit_moments_to_zero(density):
+    """The step at a reset is a function of its gradient alone, so it is that of 32-bit state."""
+    moves = []
+    for bits in (32, 8):
+        (parameter,) = weights([(100, 100)])
+        optimizer = SPAM([parameter], lr=0.1, density=density, state_bits=bits, reset_interval=4, warmup_steps=2)
+        train(optimizer, [parameter], 3)
+        before = parameter.detach().clone()
+        train(optimizer, [parameter], 1, start=3)
+        moves.append(parameter.detach() - before)
+    assert optimizer.state[parameter]["exp_avg"].dtype == torch.uint8
+    torch.testing.assert_close(*moves, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_8_bit_moments_follow_32_bit_ones_through_spikes_and_resets(density):
+    """A quadratic with noise in which every twelfth gradient is a thousand times too large."""
+    losses = []
+    for bits in (32, 8):
+        parameter = nn.Parameter(torch.zeros(80, 80))
+        options = {"density": density, "state_bits": bits, "reset_interval": 50, "warmup_steps": 10, "clip_delay": 5}
+        optimizer = SPAM([parameter], lr=0.01, **options)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(200):
+            noise = 0.3 * torch.randn(80, 80, generator=generator)
+            parameter.grad = (parameter.detach() - 1 + noise) * (1000 if step % 12 == 11 else 1)
+            optimizer.step()
+        losses.append((parameter.detach() - 1).square().mean().item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.15)
+    assert losses[0] < 0.2
+
+
+def test_8_bit_moments_and_indices_keep_their_types_through_saving():
+    def build():
+        (parameter,) = weights([(100, 100)], dtype=torch.bfloat16)
+        return parameter, SPAM([parameter], lr=0.1, state_bits=8, density=0.5, reset_interval=5)
+
+    (parameter, optimizer), (resumed, fresh) = build(), build()
+    train(optimizer, [parameter], 7)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    resumed.data.copy_(parameter.detach())
+    types = {name: v.dtype for name, v in fresh.state[resumed].items() if isinstance(v, torch.Tensor)}
+    assert types == {
+        "indices": torch.int32,
+        "exp_avg": torch.uint8,
+        "exp_avg_absmax": torch.float32,
+        "exp_avg_sq": torch.uint8,
+        "exp_avg_sq_absmax": torch.float32,
+    }
+    train(optimizer, [parameter], 5, start=7)
+    train(fresh, [resumed], 5, start=7)
+    assert torch.equal(parameter, resumed)
+
+
 def test_generator_gives_the_seed_and_matrices_of_one_shape_get_different_masks():
     def masks(generator=None):
         parameters = weights([(20, 20), (20, 20)])
@@ -384,6 +460,8 @@ def _sharded(rank, folder):
     parameter = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
     with pytest.raises(ValueError, match="sharded"):
         SPAM([parameter], density=0.5)
+    with pytest.raises(ValueError, match="state_bits=32"):
+        SPAM([parameter], state_bits=8)
     optimizer = SPAM([parameter], lr=0.1, reset_interval=3, clip_delay=1, threshold=1.0, weight_decay=0.1)
     for step in range(7):
         set_gradients([whole], step)

@@ -8,12 +8,14 @@ Source: Dettmers, Lewis, Shleifer, Zettlemoyer, arXiv 2110.02861.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from headway.kernels import library
 from headway.kernels.adam import adam_reference_
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
 
 # Elements of whole blocks that are in float32 at a time.
 _CHUNK = 2**20
+# Longest block of the native step: its moments stay in the processor's first-level cache (BLOCK_LIMIT in native/headway.h).
+_NATIVE_BLOCK = 2**12
 
 
 @functools.cache
@@ -35,12 +39,12 @@ def create_dynamic_map(signed: bool = True) -> Tensor:
     """The 256 values of the dynamic tree map, ascending, float32.
 
     For i = 0 ... 6 with n = 2^i values (signed) or 2^(i+1) (unsigned): 10^(i-6) times the means of neighbours in
-    linspace(0.1, 1, n + 1), and their negatives when signed; and 0 and 1. Seven decades within one block; the signed map
-    has no -1. The tensor is shared: do not change it.
+    linspace(0.1, 1, n + 1), and their negatives when signed; and 0 and 1. Seven decades within one block; the signed
+    map has no -1. The tensor is shared: do not change it.
 
     >>> signed, unsigned = create_dynamic_map(), create_dynamic_map(signed=False)
     >>> len(signed), signed[127].item(), signed[0].item(), signed[255].item()
-    (256, 0.0, -0.9929687976837158, 1.0)
+    (256, 0.0, -0.992968738079071, 1.0)
     >>> unsigned[0].item(), round(unsigned[1].item(), 9)
     (0.0, 3.25e-07)
     """
@@ -84,10 +88,39 @@ def quantize_blockwise(x: Tensor, signed: bool = True, block_size: int = 256) ->
 
     >>> codes, absmax = quantize_blockwise(torch.tensor([0.0, 2.0, -1.0]))
     >>> absmax.tolist(), dequantize_blockwise(codes, absmax).tolist()
-    ([2.0], [0.0, 2.0, -0.9859374761581421])
+    ([2.0], [0.0, 2.0, -1.001562476158142])
     """
     _check(x, block_size)
-    return quantize_blockwise_reference(x, signed, block_size)
+    flat = x.detach().reshape(-1).float()
+    loaded = _library()
+    if loaded is None or not library.takes(flat):
+        return quantize_blockwise_reference(x, signed, block_size)
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    absmax = torch.empty(blocks(flat.numel(), block_size))
+    _code(loaded, False, signed, block_size, flat, codes, absmax)
+    return codes, absmax
+
+
+@functools.cache
+def _set_maps(loaded: ctypes.CDLL) -> bool:
+    """Give the library both maps; False if it cannot work with them."""
+    return all(
+        loaded.headway_set_map(signed, create_dynamic_map(signed).data_ptr(), _midpoints(signed).data_ptr())
+        for signed in (False, True)
+    )
+
+
+def _library() -> ctypes.CDLL | None:
+    loaded = library.library()
+    return loaded if loaded is not None and _set_maps(loaded) else None
+
+
+def _code(
+    loaded: ctypes.CDLL, backward: bool, signed: bool, block_size: int, flat: Tensor, codes: Tensor, absmax: Tensor
+) -> None:
+    addresses = [flat.data_ptr(), codes.data_ptr(), absmax.data_ptr()]
+    if not loaded.headway_code(backward, signed, flat.numel(), block_size, *addresses, torch.get_num_threads()):
+        raise MemoryError("the native quantisation could not allocate its list of chunks")
 
 
 def _check(x: Tensor, block_size: int) -> None:
@@ -138,7 +171,16 @@ def dequantize_blockwise(
         raise ValueError(f"block_size must be a whole number >= 1, got {block_size!r}")
     if absmax.numel() != blocks(codes.numel(), block_size):
         raise ValueError(f"absmax must have {blocks(codes.numel(), block_size)} scales, got {absmax.numel()}")
-    return dequantize_blockwise_reference(codes, absmax, signed, block_size, dtype)
+    loaded = _library()
+    if (
+        loaded is None
+        or not (codes.is_contiguous() and library.takes(codes, (torch.uint8,)))
+        or not (absmax.is_contiguous() and library.takes(absmax))
+    ):
+        return dequantize_blockwise_reference(codes, absmax, signed, block_size, dtype)
+    values = torch.empty(codes.shape)
+    _code(loaded, True, signed, block_size, values, codes, absmax)
+    return values.to(dtype)
 
 
 def dequantize_blockwise_reference(
@@ -180,24 +222,79 @@ def adam8_(
     the unsigned one. `codes1` and `codes2` are uint8 (n,), in the order of `p.reshape(-1)`; `absmax1` and `absmax2`
     float32 (ceil(n / block_size),). `native` as in `adam_`.
     """
-    adam8_reference_(
-        params,
-        grads,
-        codes1,
-        absmax1,
-        codes2,
-        absmax2,
-        step_sizes=step_sizes,
-        root_scales=root_scales,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        decay_before=decay_before,
-        decay_after=decay_after,
-        l2=l2,
-        maximize=maximize,
-        block_size=block_size,
+    lists = (params, grads, codes1, absmax1, codes2, absmax2)
+    positions = list(zip(*lists, step_sizes, root_scales, strict=True))
+    refused = list(range(len(positions)))
+    if native is not False:
+        loaded = _library()
+        taken: dict[torch.dtype, list[int]] = {torch.float32: [], torch.bfloat16: []}
+        refused = []
+        for index, position in enumerate(positions):
+            if loaded is not None and block_size <= _NATIVE_BLOCK and _takes(*position[:6]):
+                taken[position[0].dtype].append(index)
+            elif native:
+                reason = library.why_not() or f"tensor {index} is not what it takes (dtype, device, strides or blocks)"
+                raise RuntimeError(f"the native 8-bit Adam kernel cannot run: {reason}")
+            else:
+                refused.append(index)
+        for dtype, indices in taken.items():
+            if loaded is not None and indices:
+                chosen = [positions[index] for index in indices]
+                numbers = (beta1, beta2, eps, decay_before, decay_after, l2)
+                _run_adam8(loaded, chosen, dtype, block_size, numbers, maximize)
+    if refused:
+        left = list(zip(*[positions[index] for index in refused], strict=True))
+        adam8_reference_(
+            *left[:6],
+            step_sizes=left[6],
+            root_scales=left[7],
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            decay_before=decay_before,
+            decay_after=decay_after,
+            l2=l2,
+            maximize=maximize,
+            block_size=block_size,
+        )
+
+
+def _takes(p: Tensor, g: Tensor, codes1: Tensor, absmax1: Tensor, codes2: Tensor, absmax2: Tensor) -> bool:
+    return (
+        library.takes(p, (torch.float32, torch.bfloat16))
+        and library.takes(g, (p.dtype,))
+        and all(library.takes(codes, (torch.uint8,)) for codes in (codes1, codes2))
+        and all(library.takes(absmax) for absmax in (absmax1, absmax2))
+        and all(t.is_contiguous() for t in (p, g, codes1, absmax1, codes2, absmax2))
+        and p.numel() == g.numel() == codes1.numel() == codes2.numel()
     )
+
+
+def _run_adam8(
+    loaded: ctypes.CDLL,
+    positions: Sequence[tuple],
+    dtype: torch.dtype,
+    block_size: int,
+    numbers: tuple[float, ...],
+    maximize: bool,
+) -> None:
+    lists = list(zip(*positions, strict=True))
+    floats = ctypes.c_float * len(positions)
+    done = loaded.headway_adam8(
+        len(positions),
+        library.sizes(lists[0]),
+        dtype == torch.bfloat16,
+        block_size,
+        *[library.pointers(tensors) for tensors in lists[:6]],
+        floats(*lists[6]),
+        floats(*lists[7]),
+        *numbers,
+        maximize,
+        torch.get_num_threads(),
+    )
+    if not done:
+        raise MemoryError("the native 8-bit Adam kernel could not allocate its list of chunks")
+    torch.autograd.graph.increment_version([t for index in (0, 2, 3, 4, 5) for t in lists[index]])
 
 
 def adam8_reference_(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,25 +51,29 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> float:
 
 
 def kth_largest_magnitude_reference(
-    tensors: Sequence[Tensor], k: int, reduce: Callable[[Tensor], object] | None = None
+    tensors: Iterable[Tensor], k: int, reduce: Callable[[Tensor], object] | None = None
 ) -> float:
     """The same by radix selection on the bits of |x|, which sort like the numbers: 16 bits, then the other 15.
 
     `reduce` adds up a histogram over ranks, in place, where each rank has a part of the elements (float32 only).
+    With it the tensors are iterated over twice, one in use at a time: they may be made as they are asked for.
     """
-    if reduce is None and tensors[0].dtype == torch.float64:
+    if reduce is None and next(iter(tensors)).dtype == torch.float64:
         magnitudes = torch.cat([t.detach().abs().reshape(-1) for t in tensors])
         return magnitudes.kthvalue(magnitudes.numel() + 1 - k).values.item()
-    bits = [t.detach().abs().reshape(-1).view(torch.int32) for t in tensors]
 
-    def histogram(parts: list[Tensor], bins: int) -> Tensor:
-        counts = torch.stack([torch.bincount(part, minlength=bins) for part in parts]).sum(0)
+    def histogram(part: Callable[[Tensor], Tensor], bins: int) -> Tensor:
+        counts: Tensor | None = None
+        for t in tensors:
+            more = torch.bincount(part(t.detach().abs().reshape(-1).view(torch.int32)), minlength=bins)
+            counts = more if counts is None else counts.add_(more)
+        assert counts is not None
         if reduce is not None:
             reduce(counts)
         return counts
 
-    top, above = _bin_of(histogram([b >> 15 for b in bits], 2**16), k)
-    bottom, _ = _bin_of(histogram([(b & 0x7FFF)[b >> 15 == top] for b in bits], 2**15), k - above)
+    top, above = _bin_of(histogram(lambda bits: bits >> 15, 2**16), k)
+    bottom, _ = _bin_of(histogram(lambda bits: (bits & 0x7FFF)[bits >> 15 == top], 2**15), k - above)
     return torch.tensor((top << 15) | bottom, dtype=torch.int32).view(torch.float32).item()
 
 

@@ -7,6 +7,15 @@ from headway.optim.adagrad_accelerated import (
 from headway.optim.adahessian import (
     AdaHessian,
 )
+from headway.optim.blockwise_8bit import (
+    Adagrad8bit,
+    Adam8bit,
+    AdamW8bit,
+    Lion8bit,
+    RMSprop8bit,
+    SGD8bit,
+    StableEmbedding,
+)
 from headway.optim.consensus import (
     CBO,
     cbo_minimize,
@@ -100,6 +109,9 @@ __all__ = [
     "SWAN",
     "AdaGradAGD",
     "AdaHessian",
+    "Adagrad8bit",
+    "Adam8bit",
+    "AdamW8bit",
     "CompositeMirrorDescent",
     "ConsensusBasedOptimizer",
     "CoordinateClip",
@@ -110,6 +122,7 @@ __all__ = [
     "GradientSpikes",
     "HybridSwitch",
     "LastIterateLR",
+    "Lion8bit",
     "ModuleCBO",
     "NormalizedLogisticGD",
     "OpposingSignals",
@@ -118,8 +131,11 @@ __all__ = [
     "OptimizerWrapper",
     "Pair",
     "PerpGrad",
+    "RMSprop8bit",
     "SEAOptimizer",
+    "SGD8bit",
     "SplitSGD",
+    "StableEmbedding",
     "StableMaxCrossEntropyLoss",
     "StepSize",
     "TargetSurrogate",

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
-from headway.optim.checks import gradients, local, refuse_complex
+from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
+from headway.optim.quantized_state import SHARDED, STATE_BITS, batches, create, read, write
 from headway.optim.state import restore_state, state_bytes
 
 __all__ = ["DiffGrad"]
@@ -41,7 +42,8 @@ class DiffGrad(Optimizer):
     without a gradient keeps its state.
 
     Cost per step: Adam's and one more pass over the gradients. State: 3 numbers per entry, in fp32 for 16-bit
-    parameters. Entry-wise, so it works on the shards of FSDP2.
+    parameters; with `state_bits=8` 6.03 bytes per entry in place of 12. Entry-wise, so 32-bit state works on the
+    shards of FSDP2.
 
     Args:
         params: parameters or parameter groups; every argument below may differ by group.
@@ -50,12 +52,15 @@ class DiffGrad(Optimizer):
         eps: added to the root, >= 0. Default 1e-8 (official code).
         weight_decay: >= 0, default 0 (official code).
         decoupled: False (default, official code): the decay is part of g, and so of xi. True: as in AdamW.
+        state_bits: 32 (default), or 8: m and v of 4096 and more entries are kept as block-wise 8-bit codes
+            (`headway.optim.quantized_state`). g_prev is not: a constant gradient would seem to change by its rounding.
         maximize: ascend instead of descend. Default False.
         fused: None (default): the native kernel for the tensors that it takes; True: the kernel or a `RuntimeError`
             with the reason; False: foreach operations.
 
     Raises:
-        ValueError: an argument outside its range, also in a parameter group; complex parameters.
+        ValueError: an argument outside its range, also in a parameter group; complex parameters; sharded ones with
+            `state_bits=8`.
         RuntimeError: from `step`, sparse gradients.
         FloatingPointError: from `step`, a gradient that is not finite; nothing was changed.
 
@@ -82,6 +87,7 @@ class DiffGrad(Optimizer):
         "eps": Range(low=0),
         "weight_decay": Range(low=0),
         "decoupled": OneOf(False, True),
+        "state_bits": STATE_BITS,
         "maximize": OneOf(False, True),
         "fused": OneOf(None, False, True),
     }
@@ -95,6 +101,7 @@ class DiffGrad(Optimizer):
         weight_decay: float = 0.0,
         decoupled: bool = False,
         *,
+        state_bits: int = 32,
         maximize: bool = False,
         fused: bool | None = None,
     ) -> None:
@@ -104,6 +111,7 @@ class DiffGrad(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
+            "state_bits": state_bits,
             "maximize": maximize,
             "fused": fused,
         }
@@ -117,6 +125,8 @@ class DiffGrad(Optimizer):
         super().add_param_group(group)
         try:
             refuse_complex(self.param_groups[-1]["params"])
+            if group["state_bits"] == 8:
+                refuse_sharded("DiffGrad", self.param_groups[-1]["params"], SHARDED)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -129,11 +139,12 @@ class DiffGrad(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group, ready in zip(self.param_groups, gradients("DiffGrad", self.param_groups), strict=True):
-            batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in ready:
-                batches.setdefault((p.device, p.dtype), []).append(p)
-            for batch in batches.values():
-                self._advance(group, batch)
+                kinds.setdefault((p.device, p.dtype), []).append(p)
+            for kind in kinds.values():
+                for batch in batches(kind, group["state_bits"]):
+                    self._advance(group, batch)
         return loss
 
     def _advance(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -145,14 +156,17 @@ class DiffGrad(Optimizer):
             if not state:
                 wide = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
                 state["step"] = 0
-                for name in ("exp_avg", "exp_avg_sq", "previous_grad"):
-                    state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+                create(state, "exp_avg", p, group["state_bits"])
+                create(state, "exp_avg_sq", p, group["state_bits"], signed=False)
+                state["previous_grad"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
             state["step"] += 1
+        means = [read(state, "exp_avg", like=p) for state, p in zip(states, params, strict=True)]
+        squares = [read(state, "exp_avg_sq", signed=False, like=p) for state, p in zip(states, params, strict=True)]
         adam_(
             local(params),
             local(p.grad for p in params),
-            local(state["exp_avg"] for state in states),
-            local(state["exp_avg_sq"] for state in states),
+            local(means),
+            local(squares),
             step_sizes=[lr / (1 - beta1 ** state["step"]) for state in states],
             root_scales=[(1 - beta2 ** state["step"]) ** -0.5 for state in states],
             beta1=beta1,
@@ -164,6 +178,9 @@ class DiffGrad(Optimizer):
             maximize=group["maximize"],
             native=group["fused"],
         )
+        for state, mean, square in zip(states, means, squares, strict=True):
+            write(state, "exp_avg", mean)
+            write(state, "exp_avg_sq", square, signed=False)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors, of this rank's parts where parameters are sharded."""

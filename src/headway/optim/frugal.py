@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.optim.checks import gradients
+from headway.optim.checks import gradients, refuse_sharded
 from headway.optim.grouping import hidden_matrices
+from headway.optim.quantized_state import SHARDED, STATE_BITS, batches, create, read, write
 from headway.optim.state import restore_state, state_bytes
 from headway.optim.subspace import (
     BLOCK_ORDERS,
@@ -36,10 +37,6 @@ from headway.optim.subspace import (
 )
 
 __all__ = ["Frugal", "frugal_param_groups"]
-
-# Temporaries of one batched operation hold at most this many elements (or one tensor): the memory that
-# the method saves must not come back as scratch space.
-_BATCH_ELEMENTS = 2**20
 
 
 class Frugal(Optimizer):
@@ -89,6 +86,8 @@ class Frugal(Optimizer):
         block_order: `random` (default, official code), `ascending`, `descending` (the pre-training scripts) or
             `mirror` (equally many from both ends; needs an even number of active tensors).
         inner: `adamw` (default), `sgdm` (m = beta1 * m + g, step lr * m) or `lion`.
+        state_bits: 32 (default), or 8: m and v of 4096 and more entries are kept as block-wise 8-bit codes
+            (`headway.optim.quantized_state`). Indices, bases and, with `reproject`, counts stay as they are.
         maximize: ascend instead of descend.
         generator: source of the one seed that all draws follow. Default: seed 0. The seed must be the same
             on all data-parallel ranks; draws depend on it, on the parameter's place and on the number of
@@ -97,7 +96,8 @@ class Frugal(Optimizer):
     Raises:
         ValueError: an argument outside its range, also in a parameter group; a tensor of fewer than two dimensions with
             `projected=True` and any projection other than `blocks` and `randk`; `mirror` with an odd number of
-            active tensors; `reproject` with `svd` or `random`; complex parameters.
+            active tensors; `reproject` with `svd` or `random`; complex parameters; sharded
+            ones with `state_bits=8`.
         RuntimeError: sparse gradients.
         FloatingPointError: a gradient that is not finite; nothing is changed.
 
@@ -133,6 +133,7 @@ class Frugal(Optimizer):
         "proj_lr_scale": Range(low=0),
         "block_order": OneOf(*BLOCK_ORDERS),
         "inner": OneOf("adamw", "sgdm", "lion"),
+        "state_bits": STATE_BITS,
         "maximize": OneOf(False, True),
     }
 
@@ -153,6 +154,7 @@ class Frugal(Optimizer):
         proj_lr_scale: float = 1.0,
         block_order: str = "random",
         inner: str = "adamw",
+        state_bits: int = 32,
         maximize: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -170,6 +172,7 @@ class Frugal(Optimizer):
             "proj_lr_scale": proj_lr_scale,
             "block_order": block_order,
             "inner": inner,
+            "state_bits": state_bits,
             "maximize": maximize,
         }
         check_arguments(self.constraints, **arguments)
@@ -269,7 +272,7 @@ class Frugal(Optimizer):
 
     def _full_steps(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
         """The inner rule with state for every entry."""
-        for batch in _batches(parameters):
+        for batch in batches(parameters):
             states = [self.state[parameter] for parameter in batch]
             gradients = _gradients(batch, group["maximize"])
             numerators, denominators, factors = _inner_rule(group, gradients, states, lr)
@@ -283,7 +286,7 @@ class Frugal(Optimizer):
         if group["state_free"] == "none":
             return
         alpha = lr * group["free_lr_scale"] * (1 if group["maximize"] else -1)
-        for batch in _batches(parameters):
+        for batch in batches(parameters):
             gradients = [cast(Tensor, parameter.grad) for parameter in batch]
             directions = torch._foreach_sign(gradients) if group["state_free"] == "sign" else gradients
             torch._foreach_add_(batch, directions, alpha=alpha)
@@ -291,7 +294,7 @@ class Frugal(Optimizer):
     def _subspace_steps(self, group_index: int, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
         """The inner rule in each tensor's subspace and the state-free rule on the residual."""
         positions = {parameter: position for position, parameter in enumerate(group["params"])}
-        for batch in _batches(parameters):
+        for batch in batches(parameters):
             matrices = [as_matrix(gradient) for gradient in _gradients(batch, group["maximize"])]
             subspaces = []
             for parameter, matrix in zip(batch, matrices, strict=True):
@@ -324,9 +327,10 @@ class Frugal(Optimizer):
             state["step"] = 0
         elif group["on_change"] == "reproject":
             old = cast(Coordinates, restore(projection, state["projector"], shape))
-            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            for name, signed in (("exp_avg", True), ("exp_avg_sq", False), ("momentum_buffer", True)):
                 if name in state:
-                    state[name] = reproject(state[name], old, new, shape)
+                    moment = reproject(read(state, name, signed=signed), old, new, shape)
+                    write(state, name, moment, signed=signed)
             if "age" in state:
                 state["age"] = reproject_units(state["age"], old, cast(Coordinates, new), shape)
         if group["on_change"] == "reproject" and group["inner"] == "adamw" and "age" not in state:
@@ -397,6 +401,8 @@ def _check_tensors(group: dict[str, Any]) -> None:
     projection, projected = group["projection"], [p for p in group["params"] if _is_projected(group, p)]
     if any(parameter.is_complex() for parameter in group["params"]):
         raise ValueError("params must be real, got a complex tensor")
+    if group["state_bits"] == 8:
+        refuse_sharded("Frugal", group["params"], SHARDED)
     if group["on_change"] == "reproject" and projection not in ("blocks", *COORDINATE_PROJECTIONS):
         raise ValueError(f"on_change must be 'reset' or 'keep' with projection={projection!r}, got 'reproject'")
     if projection == "blocks":
@@ -412,19 +418,6 @@ def _check_tensors(group: dict[str, Any]) -> None:
         raise ValueError(f"params must have two or more dimensions with projection={projection!r}, got shape {shape}")
 
 
-def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    batch: list[Tensor] = []
-    elements = 0
-    for parameter in parameters:
-        if batch and elements + parameter.numel() > _BATCH_ELEMENTS:
-            yield batch
-            batch, elements = [], 0
-        batch.append(parameter)
-        elements += parameter.numel()
-    if batch:
-        yield batch
-
-
 def _gradients(parameters: list[Tensor], maximize: bool) -> list[Tensor]:
     """Gradients to descend along, in fp32 for 16-bit parameters."""
     gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
@@ -438,25 +431,30 @@ def _inner_rule(
 ) -> tuple[list[Tensor], list[Tensor] | None, list[float]]:
     """Advance the states; the step is factor * numerator / denominator, and without denominators `-lr` * numerator."""
     beta1, beta2 = group["betas"]
+    bits = group["state_bits"]
     for state in states:
         state["step"] = state.get("step", 0) + 1
     factors = [-lr] * len(states)
     if group["inner"] == "sgdm":
-        buffers = _moments(states, "momentum_buffer", gradients)
+        buffers = _read(states, "momentum_buffer", gradients, bits)
         torch._foreach_mul_(buffers, beta1)
         torch._foreach_add_(buffers, gradients)
+        _write(states, "momentum_buffer", buffers)
         return buffers, None, factors
-    means = _moments(states, "exp_avg", gradients)
+    means = _read(states, "exp_avg", gradients, bits)
     if group["inner"] == "lion":
         directions = torch._foreach_lerp(means, gradients, 1 - beta1)
         torch._foreach_sign_(directions)
         torch._foreach_lerp_(means, gradients, 1 - beta2)
+        _write(states, "exp_avg", means)
         return list(directions), None, factors
-    squares = _moments(states, "exp_avg_sq", gradients)
+    squares = _read(states, "exp_avg_sq", gradients, bits, signed=False)
     # The operations of torch.optim.AdamW in their order, so that full density is AdamW to the bit.
     torch._foreach_lerp_(means, gradients, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+    _write(states, "exp_avg", means)
+    _write(states, "exp_avg_sq", squares, signed=False)
     denominators = list(torch._foreach_sqrt(squares))
     if "age" in states[0]:
         ages = [state["age"].add_(1) for state in states]
@@ -471,11 +469,18 @@ def _inner_rule(
     return means, denominators, factors
 
 
-def _moments(states: list[dict[str, Any]], name: str, gradients: list[Tensor]) -> list[Tensor]:
+def _read(
+    states: list[dict[str, Any]], name: str, gradients: list[Tensor], bits: int, signed: bool = True
+) -> list[Tensor]:
     for state, gradient in zip(states, gradients, strict=True):
         if name not in state:
-            state[name] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
-    return [state[name] for state in states]
+            create(state, name, gradient, bits, signed=signed)
+    return [read(state, name, signed=signed, like=like) for state, like in zip(states, gradients, strict=True)]
+
+
+def _write(states: list[dict[str, Any]], name: str, moments: list[Tensor], signed: bool = True) -> None:
+    for state, moment in zip(states, moments, strict=True):
+        write(state, name, moment, signed=signed)
 
 
 def _bias_correction(beta: float, age: Tensor) -> Tensor:

@@ -545,9 +545,7 @@ class CompositeMirrorDescent(Optimizer):
         super().load_state_dict(dict(state_dict))
         for mine, group, saved in zip(own, self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in mine.items() if saved[name] == _CALLABLE})
-            for p, index in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(index, {}).items():
-                    self.state[p][name] = value.to(p.device, copy=True)
+        restore_state(self, state_dict)
 
 
 def _step_size(settings: Mapping[str, Any]) -> StepSize:

@@ -9,7 +9,8 @@ Optimization", ICLR 2024, arXiv 2311.04163. `headway.optim.opposing_pairs` finds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,11 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
+from headway.kernels.select import kth_largest_magnitude_reference
 from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
 from headway.optim.opposing_pairs import OpposingSignals, Pair
 from headway.optim.quantile import magnitude_quantile
+from headway.optim.quantized_state import SHARDED, STATE_BITS, batches, create, read, write
 from headway.optim.state import restore_state
 
 __all__ = ["OpposingSignals", "Pair", "SplitSGD"]
@@ -47,8 +50,10 @@ class SplitSGD(Optimizer):
     other values are allowed, as in torch.optim.SGD.
 
     Cost per step: about twelve passes over the parameters, and with `quantile` an exact selection, which reads one
-    number from the device. State: one number per entry, in fp32 for 16-bit parameters. The same on all DDP ranks. On
-    the shards of FSDP2 `threshold` works as it is, and `quantile` with the `process_group` of the shards.
+    number from the device. State: one number per entry, in fp32 for 16-bit parameters. With `state_bits=8` it takes
+    1.016 bytes, the step is that of the m that is kept, and m_hat is never held as a whole but made up to three times.
+    The same on all DDP ranks. On the shards of FSDP2 `threshold` works as it is, `quantile` with the `process_group` of
+    the shards, and `state_bits=8` does not.
 
     Args:
         params: parameters or parameter groups; all arguments below but `process_group` may differ by group.
@@ -60,13 +65,15 @@ class SplitSGD(Optimizer):
         quantile: fraction of entries that take the sign step, in (0, 1). Default 0.1. One of `threshold` and
             `quantile` must be None.
         weight_decay: L2 penalty, coupled as in torch.optim.SGD, >= 0. Default 0.
+        state_bits: 32 (default), or 8: m of 4096 and more entries is kept as block-wise 8-bit codes
+            (`headway.optim.quantized_state`).
         maximize: ascend instead of descend. Default False.
         process_group: where parameters are sharded, the ranks that hold the shards; all of them must call `step`.
             Default None.
 
     Raises:
         ValueError: an argument outside its range, also in a group; `threshold` and `quantile` both given or both None;
-            sharded parameters with `quantile` and no `process_group`; complex parameters.
+            sharded parameters with `quantile` and no `process_group`, or with `state_bits=8`; complex parameters.
         RuntimeError: from `step`, sparse gradients.
         FloatingPointError: from `step`, a gradient that is not finite; nothing was changed.
 
@@ -90,6 +97,7 @@ class SplitSGD(Optimizer):
         "threshold": Range(low=0, optional=True),
         "quantile": Range(low=0, high=1, low_open=True, high_open=True, optional=True),
         "weight_decay": Range(low=0),
+        "state_bits": STATE_BITS,
         "maximize": OneOf(False, True),
     }
 
@@ -104,6 +112,7 @@ class SplitSGD(Optimizer):
         quantile: float | None = 0.1,
         weight_decay: float = 0.0,
         *,
+        state_bits: int = 32,
         maximize: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -115,6 +124,7 @@ class SplitSGD(Optimizer):
             "threshold": threshold,
             "quantile": quantile,
             "weight_decay": weight_decay,
+            "state_bits": state_bits,
             "maximize": maximize,
         }
         check_arguments(self.constraints, **arguments)
@@ -134,6 +144,8 @@ class SplitSGD(Optimizer):
         added = self.param_groups[-1]
         try:
             refuse_complex(added["params"])
+            if added["state_bits"] == 8:
+                refuse_sharded("SplitSGD", added["params"], SHARDED)
             if added["quantile"] is not None and self.process_group is None:
                 reason = "the quantile is over all entries of all ranks; give process_group, or a threshold instead"
                 refuse_sharded("SplitSGD", added["params"], reason)
@@ -149,23 +161,31 @@ class SplitSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         ready = gradients("SplitSGD", self.param_groups)
-        momenta = [self._momenta(group, params) for group, params in zip(self.param_groups, ready, strict=True)]
-        bounds = self._bounds(momenta)
-        for group, params, debiased in zip(self.param_groups, ready, momenta, strict=True):
-            if params:
-                _split_step(group, local(params), local(debiased), bounds[_rule(group)])
+        for group, params in zip(self.param_groups, ready, strict=True):
+            for batch in batches(params, group["state_bits"]):
+                self._advance(group, batch)
+        momenta = self._momenta(ready)
+        bounds = self._bounds(ready, momenta)
+        for group, params, m_hats in zip(self.param_groups, ready, momenta, strict=True):
+            if isinstance(m_hats, list):
+                if params:
+                    _split_step(group, local(params), local(m_hats), bounds[_rule(group)])
+            else:
+                for batch in batches(params):
+                    _split_step(group, batch, self._debiased(group, batch), bounds[_rule(group)])
         return loss
 
     def sign_fraction(self) -> float:
         """The fraction of entries (this rank's, if sharded) whose |m_hat| is above r; NaN before the first step."""
         with_state = [[p for p in group["params"] if p in self.state] for group in self.param_groups]
-        momenta = [self._debiased(group, params) for group, params in zip(self.param_groups, with_state, strict=True)]
-        bounds = self._bounds(momenta)
+        momenta = self._momenta(with_state)
+        bounds = self._bounds(with_state, momenta)
         count = above = 0
-        for group, debiased in zip(self.param_groups, momenta, strict=True):
-            for m_hat in local(debiased):
-                count += m_hat.numel()
-                above += int((m_hat.abs() > bounds[_rule(group)]).sum())
+        for group, m_hats in zip(self.param_groups, momenta, strict=True):
+            for m_hat in m_hats:
+                (part,) = local([m_hat])
+                count += part.numel()
+                above += int((part.abs() > bounds[_rule(group)]).sum())
         return above / count if count else float("nan")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,17 +196,17 @@ class SplitSGD(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}
 
-    def _momenta(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """Advance m; return m_hat in new memory."""
+    def _advance(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Advance m."""
         if not params:
-            return []
-        for p in params:
-            state = self.state[p]
+            return
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
             if not state:
                 state["step"] = 0
-                state["momentum_buffer"] = torch.zeros_like(p, dtype=_compute_dtype(p), requires_grad=False)
+                create(state, "momentum_buffer", p, group["state_bits"])
             state["step"] += 1
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers = [read(state, "momentum_buffer", like=p) for p, state in zip(params, states, strict=True)]
         grads = [p.grad.to(m.dtype) for p, m in zip(params, buffers, strict=True)]  # type: ignore[union-attr]
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
@@ -195,36 +215,77 @@ class SplitSGD(Optimizer):
             grads = list(torch._foreach_add(grads, points, alpha=group["weight_decay"]))
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
-        return self._debiased(group, params)
+        for state, m in zip(states, buffers, strict=True):
+            write(state, "momentum_buffer", m)
 
     def _debiased(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """m_hat in new memory."""
         if not params:
             return []
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        return list(torch._foreach_div(buffers, [1 - group["dampening"] ** self.state[p]["step"] for p in params]))
+        states = [self.state[p] for p in params]
+        buffers = [read(state, "momentum_buffer", like=p) for p, state in zip(params, states, strict=True)]
+        return list(torch._foreach_div(buffers, [1 - group["dampening"] ** state["step"] for state in states]))
 
-    def _bounds(self, momenta: list[list[Tensor]]) -> dict[tuple[float | None, float | None], float]:
+    def _momenta(self, params: list[list[Tensor]]) -> list[list[Tensor] | _Anew]:
+        """m_hat of each group's parameters: a list, or with 8 bits made one by one as they are asked for."""
+        momenta: list[list[Tensor] | _Anew] = []
+        for group, members in zip(self.param_groups, params, strict=True):
+            if group["state_bits"] == 32:
+                momenta.append(self._debiased(group, members))
+            else:
+                momenta.append(_Anew(partial(self._one_by_one, group, members)))
+        return momenta
+
+    def _one_by_one(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[Tensor]:
+        for p in params:
+            yield from self._debiased(group, [p])
+
+    def _bounds(
+        self, params: list[list[Tensor]], momenta: list[list[Tensor] | _Anew]
+    ) -> dict[tuple[float | None, float | None], float]:
         """What r is for every pair (threshold, quantile) among the groups."""
         bounds: dict[tuple[float | None, float | None], float] = {}
         for rule in dict.fromkeys(_rule(group) for group in self.param_groups):
             threshold, quantile = rule
-            groups = zip(self.param_groups, momenta, strict=True)
-            pool = [m_hat for group, debiased in groups if _rule(group) == rule for m_hat in debiased]
+            members = [number for number, group in enumerate(self.param_groups) if _rule(group) == rule]
+            count = sum(p.numel() for number in members for p in params[number])
+            pools = [momenta[number] for number in members]
             if threshold is not None:
                 bounds[rule] = threshold
-            elif quantile is not None and any(m_hat.numel() for m_hat in pool):
-                bounds[rule] = magnitude_quantile(pool, quantile, self.process_group)
-            else:
+            elif quantile is None or count == 0:
                 bounds[rule] = 0.0  # nothing to split
+            elif all(isinstance(pool, list) for pool in pools):
+                whole = [m_hat for pool in pools for m_hat in pool]
+                bounds[rule] = magnitude_quantile(whole, quantile, self.process_group)
+            else:
+                parts = _Anew(partial(_in_float32, pools))
+                bounds[rule] = kth_largest_magnitude_reference(parts, int(count * quantile) + 1, self._add_over_ranks)
         return bounds
+
+    def _add_over_ranks(self, counts: Tensor) -> None:
+        if self.process_group is not None:
+            dist.all_reduce(counts, group=self.process_group)
+
+
+class _Anew:
+    """Tensors that are made each time they are iterated over, so that one is held at a time."""
+
+    def __init__(self, make: Callable[[], Iterator[Tensor]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.make()
+
+
+def _in_float32(pools: Iterable[Iterable[Tensor]]) -> Iterator[Tensor]:
+    """As `magnitude_quantile` compares shards: each rank its parts."""
+    for pool in pools:
+        for tensor in pool:
+            yield local([tensor])[0].float()
 
 
 def _rule(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return group["threshold"], group["quantile"]
-
-
-def _compute_dtype(p: Tensor) -> torch.dtype:
-    return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
 
 
 def _split_step(group: Mapping[str, Any], params: list[Tensor], m_hat: list[Tensor], bound: float) -> None:

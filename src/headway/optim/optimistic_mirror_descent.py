@@ -492,10 +492,7 @@ class SEAOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, with the state in the precision in which it was saved."""
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, index in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(index, {}).items():
-                    self.state[p][name] = value.to(p.device, copy=True)
+        restore_state(self, state_dict)
 
 
 def _step_size(mode: str, t: int, V: float, constants: Mapping[str, Any]) -> float:

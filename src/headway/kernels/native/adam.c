@@ -32,16 +32,32 @@ static void work(void *pointer, size_t chunk) {
     loops()->adam(&j->rule, &tensor, j->half, start, end);
 }
 
+adam_rule make_rule(double beta1, double beta2, double eps, double decay_before, double decay_after, double l2,
+                    double spike, double clip, int maximize) {
+    const float lerp1 = (float)(1 - beta1);
+    return (adam_rule){
+        .lerp1 = lerp1,
+        .keep1 = 1.0f - lerp1,
+        .beta2 = (float)beta2,
+        .weight2 = (float)(1 - beta2),
+        .eps = (float)eps,
+        .decay_before = (float)decay_before,
+        .decay_after = (float)decay_after,
+        .l2 = (float)l2,
+        .spike = (float)spike,
+        .clip = clip < 0 ? INFINITY : (float)clip,
+        .sign = maximize ? -1.0f : 1.0f,
+    };
+}
+
 /* `previous` may be NULL; clip < 0: none. Returns 0 if memory ran out (nothing is changed then). */
 EXPORT int headway_adam(size_t tensors, const size_t *sizes, int half, void *const *params, void *const *grads,
                         void *const *exp_avgs, void *const *exp_avg_sqs, void *const *previous,
                         const float *step_sizes, const float *root_scales, double beta1, double beta2, double eps,
                         double decay_before, double decay_after, double l2, double spike, double clip, int maximize,
                         int threads) {
-    float lerp1 = (float)(1 - beta1);
     job j = {
-        .rule = {lerp1, 1.0f - lerp1, (float)beta2, (float)(1 - beta2), (float)eps, (float)decay_before,
-                 (float)decay_after, (float)l2, (float)spike, clip < 0 ? INFINITY : (float)clip, maximize ? -1.0f : 1.0f},
+        .rule = make_rule(beta1, beta2, eps, decay_before, decay_after, l2, spike, clip, maximize),
         .half = half,
         .params = params,
         .grads = grads,
@@ -51,7 +67,7 @@ EXPORT int headway_adam(size_t tensors, const size_t *sizes, int half, void *con
         .step_sizes = step_sizes,
         .root_scales = root_scales,
     };
-    if (!chunking_make(&j.chunks, tensors, sizes)) return 0;
+    if (!chunking_make(&j.chunks, CHUNK, tensors, sizes)) return 0;
     parallel_for(chunking_count(&j.chunks), threads, work, &j);
     chunking_free(&j.chunks);
     return 1;

@@ -26,7 +26,7 @@ static void work(void *pointer, size_t chunk) {
 EXPORT int headway_first_nonfinite(size_t tensors, const size_t *sizes, const int *half, void *const *pointers,
                                    size_t *first, int threads) {
     job j = {.tensors = pointers, .half = half, .first = tensors};
-    if (!chunking_make(&j.chunks, tensors, sizes)) return 0;
+    if (!chunking_make(&j.chunks, CHUNK, tensors, sizes)) return 0;
     parallel_for(chunking_count(&j.chunks), threads, work, &j);
     chunking_free(&j.chunks);
     *first = j.first;

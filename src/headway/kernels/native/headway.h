@@ -30,6 +30,10 @@ typedef struct {
     float sign;         /* -1 to maximize */
 } adam_rule;
 
+/* clip < 0: none */
+adam_rule make_rule(double beta1, double beta2, double eps, double decay_before, double decay_after, double l2,
+                    double spike, double clip, int maximize);
+
 /* One tensor's arrays. `param` and `grad` are float or, with a 16-bit parameter, bfloat16. */
 typedef struct {
     void *param;
@@ -40,6 +44,34 @@ typedef struct {
     float step_size;
     float root_scale;
 } adam_tensor;
+
+/* A map from 8-bit codes to numbers in [-1, 1], and the way back. The code of z is the number of midpoints below it.
+   The bits of |z| above `shift` select a cell, which holds one midpoint at most; what the cell says plus the bits
+   below carries into the code exactly when z is past the midpoint (blockwise.c). */
+typedef struct {
+    const float *values; /* 256, ascending */
+    const uint32_t *cells;
+    uint32_t shift;
+    uint32_t first; /* smaller magnitudes are in the first cell, */
+    uint32_t last;  /* larger ones in the last */
+    uint32_t count; /* cells of positive numbers; as many of negative ones follow */
+} code_map;
+
+/* Blocks of the 8-bit Adam step: their moments fit the first-level cache. */
+#define BLOCK_LIMIT ((size_t)1 << 12)
+
+typedef struct {
+    void *param;
+    const void *grad;
+    uint8_t *codes1;
+    float *absmax1;
+    uint8_t *codes2;
+    float *absmax2;
+    const code_map *map1;
+    const code_map *map2;
+    float step_size;
+    float root_scale;
+} adam8_tensor;
 
 typedef struct {
     void (*adam)(const adam_rule *, const adam_tensor *, int half, size_t start, size_t end);
@@ -56,6 +88,10 @@ typedef struct {
     /* g = scale (g - along w), in float or double arithmetic */
     void (*project)(float *g, const float *w, size_t, double along, double scale);
     void (*project_double)(float *g, const float *w, size_t, double along, double scale);
+    /* A block: codes and largest magnitude of `count` numbers, and back. */
+    float (*quantize)(const code_map *, const float *, size_t count, uint8_t *codes);
+    void (*dequantize)(const code_map *, const uint8_t *codes, float absmax, size_t count, float *);
+    void (*adam8)(const adam_rule *, const adam8_tensor *, int half, size_t start, size_t end, size_t block_size);
 } loop_table;
 
 extern const loop_table loops_plain;
@@ -70,14 +106,15 @@ const loop_table *loops(void);
 /* work(argument, i) for all 0 <= i < count, on up to `threads` threads. */
 void parallel_for(size_t count, int threads, void (*work)(void *, size_t), void *argument);
 
-/* Tensors cut into chunks that are numbered through. */
+/* Tensors cut into chunks of `length` elements that are numbered through. */
 typedef struct {
+    size_t length;
     size_t tensors;
     const size_t *sizes;
     size_t *first;      /* first[t] is the number of tensor t's first chunk; one entry more than tensors */
 } chunking;
 
-int chunking_make(chunking *, size_t tensors, const size_t *sizes);
+int chunking_make(chunking *, size_t length, size_t tensors, const size_t *sizes);
 void chunking_free(chunking *);
 size_t chunking_count(const chunking *);
 /* Tensor, and the range of its elements, of a chunk. */

@@ -53,6 +53,11 @@ enum { BLOCK = 512 };
 /* Which parts of the rule a loop is compiled with: none of the rarer ones, all but the spike bound, or all. */
 enum { BARE, OPTIONS, SPIKE };
 
+INLINE int extent_of(const adam_rule *r) {
+    if (r->spike != 0) return SPIKE;
+    return r->sign == 1 && r->l2 == 0 && isinf(r->clip) && r->decay_after == 1 ? BARE : OPTIONS;
+}
+
 /* g as it enters the rule: ascent, coupled decay and the spike bound applied. */
 INLINE float effective_gradient(const adam_rule *r, float p, float g, float v, int extent) {
     if (extent == BARE) return g;
@@ -67,11 +72,28 @@ INLINE float effective_gradient(const adam_rule *r, float p, float g, float v, i
     return g;
 }
 
+/* The step of one element: returns the new p, updates m and v. The denominator is multiplied by `inverse_xi`. */
+INLINE float adam_element(const adam_rule *r, float p, float g, float *m, float *v, float step_size, float root_scale,
+                          float inverse_xi, int friction, int extent) {
+    const int near = r->lerp1 < 0.5f; /* torch.lerp has two forms, exact at either end */
+    float c = g;
+    if (extent != BARE) {
+        c = c < -r->clip ? -r->clip : c;
+        c = c > r->clip ? r->clip : c;
+    }
+    float difference = c - *m;
+    *m = near ? *m + r->lerp1 * difference : c - difference * r->keep1;
+    *v = *v * r->beta2 + r->weight2 * g * g;
+    float denominator = sqrtf(*v) * root_scale + r->eps;
+    if (friction) denominator = denominator * inverse_xi; /* one division for xi and the step */
+    p = p * r->decay_before - step_size * *m / denominator;
+    return extent == BARE ? p : p * r->decay_after;
+}
+
 INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t start, size_t end, int half, int friction,
                        int extent) {
     const adam_rule r = *rule;
     const float step_size = tensor->step_size, root_scale = tensor->root_scale;
-    const int near = r.lerp1 < 0.5f; /* torch.lerp has two forms, exact at either end */
     float inverse_xi[BLOCK];
     for (; start < end; start += BLOCK) {
         const size_t count = end - start < BLOCK ? end - start : BLOCK;
@@ -98,18 +120,7 @@ INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t 
             float g = half ? from_bfloat16(half_grads[i]) : grads[i];
             float m = exp_avgs[i], v = exp_avg_sqs[i];
             g = effective_gradient(&r, p, g, v, extent);
-            float c = g;
-            if (extent != BARE) {
-                c = c < -r.clip ? -r.clip : c;
-                c = c > r.clip ? r.clip : c;
-            }
-            float difference = c - m;
-            m = near ? m + r.lerp1 * difference : c - difference * r.keep1;
-            v = v * r.beta2 + r.weight2 * g * g;
-            float denominator = sqrtf(v) * root_scale + r.eps;
-            if (friction) denominator = denominator * inverse_xi[i]; /* one division for xi and the step */
-            p = p * r.decay_before - step_size * m / denominator;
-            if (extent != BARE) p = p * r.decay_after;
+            p = adam_element(&r, p, g, &m, &v, step_size, root_scale, friction ? inverse_xi[i] : 1.0f, friction, extent);
             exp_avgs[i] = m;
             exp_avg_sqs[i] = v;
             if (half) half_params[i] = to_bfloat16(p);
@@ -119,8 +130,7 @@ INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t 
 }
 
 static void adam(const adam_rule *rule, const adam_tensor *tensor, int half, size_t start, size_t end) {
-    const int bare = rule->sign == 1 && rule->l2 == 0 && isinf(rule->clip) && rule->decay_after == 1;
-    const int extent = rule->spike != 0 ? SPIKE : bare ? BARE : OPTIONS;
+    const int extent = extent_of(rule);
 #define CASE(HALF, FRICTION, EXTENT)                                            \
     case HALF * 6 + FRICTION * 3 + EXTENT:                                      \
         adam_range(rule, tensor, start, end, HALF, FRICTION, EXTENT);           \
@@ -304,8 +314,13 @@ static double residual(const float *g, const float *w, size_t count, double alon
 
 static void project(float *restrict g, const float *restrict w, size_t count, double along, double scale) {
     const float multiple = (float)along, factor = (float)scale;
+    const size_t stream = count / 2; /* two of g and two of w */
 #pragma omp simd
-    for (size_t i = 0; i < count; i++) g[i] = (g[i] - multiple * w[i]) * factor;
+    for (size_t i = 0; i < stream; i++) {
+        g[i] = (g[i] - multiple * w[i]) * factor;
+        g[stream + i] = (g[stream + i] - multiple * w[stream + i]) * factor;
+    }
+    if (count % 2) g[count - 1] = (g[count - 1] - multiple * w[count - 1]) * factor;
 }
 
 static void project_double(float *restrict g, const float *restrict w, size_t count, double along, double scale) {
@@ -313,6 +328,9 @@ static void project_double(float *restrict g, const float *restrict w, size_t co
     for (size_t i = 0; i < count; i++) g[i] = (float)(((double)g[i] - along * (double)w[i]) * scale);
 }
 
+#include "loops_blockwise.h"
+
 const loop_table TABLE = {
-    adam, nonfinite_float, nonfinite_bfloat16, bracket, clamp, dots, dots_double, residual, project, project_double,
+    adam,    nonfinite_float, nonfinite_bfloat16, bracket,  clamp,      dots,  dots_double, residual,
+    project, project_double,  quantize,           dequantize, adam8,
 };

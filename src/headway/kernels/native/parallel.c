@@ -91,13 +91,14 @@ void parallel_for(size_t count, int threads, void (*work)(void *, size_t), void 
     pool(drain, &q, (unsigned)threads, 0);
 }
 
-int chunking_make(chunking *c, size_t tensors, const size_t *sizes) {
+int chunking_make(chunking *c, size_t length, size_t tensors, const size_t *sizes) {
+    c->length = length;
     c->tensors = tensors;
     c->sizes = sizes;
     c->first = malloc((tensors + 1) * sizeof *c->first);
     if (!c->first) return 0;
     c->first[0] = 0;
-    for (size_t t = 0; t < tensors; t++) c->first[t + 1] = c->first[t] + (sizes[t] + CHUNK - 1) / CHUNK;
+    for (size_t t = 0; t < tensors; t++) c->first[t + 1] = c->first[t] + (sizes[t] + length - 1) / length;
     return 1;
 }
 
@@ -112,7 +113,7 @@ size_t chunking_find(const chunking *c, size_t chunk, size_t *start, size_t *end
         if (c->first[middle] <= chunk) low = middle;
         else high = middle;
     }
-    *start = (chunk - c->first[low]) * CHUNK;
-    *end = *start + CHUNK < c->sizes[low] ? *start + CHUNK : c->sizes[low];
+    *start = (chunk - c->first[low]) * c->length;
+    *end = *start + c->length < c->sizes[low] ? *start + c->length : c->sizes[low];
     return low;
 }

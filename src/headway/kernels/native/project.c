@@ -86,7 +86,7 @@ static double scale_of(double rest, double norm, int renormalize) {
 EXPORT int headway_project(size_t tensors, const size_t *sizes, void *const *grads, void *const *weights,
                            int renormalize, int threads) {
     job j = {.grads = grads, .weights = weights};
-    if (!chunking_make(&j.chunks, tensors, sizes)) return 0;
+    if (!chunking_make(&j.chunks, CHUNK, tensors, sizes)) return 0;
     j.sums = malloc((chunking_count(&j.chunks) + 1) * sizeof *j.sums);
     j.decisions = malloc((tensors + 1) * sizeof *j.decisions);
     int done = j.sums && j.decisions;

@@ -131,7 +131,7 @@ EXPORT int headway_kth_largest(size_t tensors, const size_t *sizes, void *const 
     j->tensors = pointers;
     j->capacity = total / 32 + 2 * SAMPLE;
     j->collected = malloc(j->capacity * sizeof *j->collected);
-    int made = chunking_make(&j->chunks, tensors, sizes);
+    int made = chunking_make(&j->chunks, CHUNK, tensors, sizes);
     if (made && j->collected) {
         const interval everything = {0, LARGEST, k};
         const size_t count = draw_sample(j, total, j->collected);
@@ -184,7 +184,7 @@ static void clamp(void *pointer, size_t chunk) {
 /* Returns 0 if memory ran out. */
 EXPORT int headway_clamp(size_t tensors, const size_t *sizes, void *const *pointers, double bound, int threads) {
     clamp_job j = {.tensors = pointers, .bound = (float)bound};
-    if (!chunking_make(&j.chunks, tensors, sizes)) return 0;
+    if (!chunking_make(&j.chunks, CHUNK, tensors, sizes)) return 0;
     parallel_for(chunking_count(&j.chunks), threads, clamp, &j);
     chunking_free(&j.chunks);
     return 1;
