@@ -73,7 +73,9 @@ def quantize_blockwise(x: Tensor, signed: bool = True, block_size: int = 256) ->
 
         absmax_k = max |x| over block k;  code = nearest map value to x / absmax_k, a tie to the lower code
 
-    An element that is 0 gets the code of 0, also in a block of zeros (absmax 0).
+    An element that is 0 gets the code of 0, also in a block of zeros (absmax 0). With the unsigned map no other element
+    does: what is nearer to 0 than to the smallest value gets that value. A second moment that became 0 beside a first one
+    that did not would make steps of m / eps.
 
     Args:
         x: floating-point, any shape; elements are counted in the order of `x.reshape(-1)`.
@@ -145,6 +147,8 @@ def quantize_blockwise_reference(x: Tensor, signed: bool = True, block_size: int
         absmax[start // block_size : start // block_size + count] = largest
         z = padded / largest.masked_fill(largest == 0, 1).unsqueeze(1)
         nearest = torch.bucketize(z, midpoints).to(torch.uint8)
+        if not signed:
+            nearest.masked_fill_((nearest == 0) & (z > 0), 1)
         codes[start : start + stride] = nearest.view(-1)[: part.numel()]
     return codes.view(x.shape), absmax
 

@@ -33,6 +33,10 @@ from headway.optim.coordinate_clipping import (
 from headway.optim.diffgrad import (
     DiffGrad,
 )
+from headway.optim.fira import (
+    Fira,
+    fira_param_groups,
+)
 from headway.optim.frugal import (
     Frugal,
     frugal_param_groups,
@@ -116,6 +120,7 @@ __all__ = [
     "ConsensusBasedOptimizer",
     "CoordinateClip",
     "DiffGrad",
+    "Fira",
     "Frugal",
     "GNSNewton",
     "GradientSpikeMonitor",
@@ -146,6 +151,7 @@ __all__ = [
     "compare_directions",
     "directional_sharpness",
     "exact_hessian",
+    "fira_param_groups",
     "fisher",
     "frugal_param_groups",
     "gns_minimize",

@@ -1,12 +1,13 @@
-"""Which parameters of a model are hidden matrices: the weights that methods for matrices are meant for."""
+"""Hidden matrices of a model, the weights that methods for matrices are meant for, and batches of equal shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["hidden_matrices", "split_parameters"]
+__all__ = ["batches_of_one_shape", "hidden_matrices", "split_parameters"]
 
 _HEADS = frozenset({"classifier", "cls", "embed_out", "head", "lm_head", "qa_outputs", "score"})
 
@@ -57,3 +58,20 @@ def split_parameters(
     chosen = hidden_matrices(model, target_modules)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [p for p in trainable if id(p) in chosen], [p for p in trainable if id(p) not in chosen]
+
+
+def batches_of_one_shape(params: Iterable[Tensor], elements: int = 2**22) -> Iterator[list[Tensor]]:
+    """Parameters of one shape, device and dtype, at most `elements` entries (or one parameter) at a time.
+
+    >>> import torch
+    >>> shapes = [(2, 2), (4, 1), (2, 2), (2, 2)]
+    >>> [len(batch) for batch in batches_of_one_shape(map(torch.zeros, shapes), elements=8)]
+    [2, 1, 1]
+    """
+    kinds: dict[Any, list[Tensor]] = {}
+    for p in params:
+        kinds.setdefault((p.device, p.dtype, p.shape), []).append(p)
+    for members in kinds.values():
+        size = max(1, elements // max(1, members[0].numel()))
+        for first in range(0, len(members), size):
+            yield members[first : first + size]

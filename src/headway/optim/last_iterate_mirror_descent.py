@@ -35,6 +35,7 @@ from headway.optim.mirror import (
     project_simplex,
     soft_threshold_,
 )
+from headway.optim.state import restore_state
 
 __all__ = ["CompositeMirrorDescent", "LastIterateLR", "StepSize", "last_iterate_lambda", "suggest_eta"]
 

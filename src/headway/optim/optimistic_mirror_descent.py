@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
 from headway.optim.mirror import Ball, Box, Simplex, block_norm, project_ball_, project_ball_in_norm
+from headway.optim.state import restore_state
 
 __all__ = ["OptimisticEnsemble", "OptimisticOMD", "SEAOptimizer"]
 

@@ -31,6 +31,7 @@ __all__ = [
     "reproject_units",
     "restore",
     "seeded_generator",
+    "svd_basis",
 ]
 
 COORDINATE_PROJECTIONS = ("columns", "randk", "randperm", "rows")
@@ -130,8 +131,9 @@ class Basis:
         self.side = side
         self.tensor = basis
 
-    def down(self, matrix: Tensor) -> Tensor:
-        return matrix @ self.tensor.mT if self.side == "right" else self.tensor.mT @ matrix
+    def down(self, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+        left, right = (matrix, self.tensor.mT) if self.side == "right" else (self.tensor.mT, matrix)
+        return torch.mm(left, right, out=out)
 
     def up(self, small: Tensor, shape: torch.Size) -> Tensor:
         return small @ self.tensor if self.side == "right" else self.tensor @ small
@@ -147,9 +149,10 @@ class Basis:
         floor = torch.linalg.vector_norm(matrix, dim=1 if self.side == "right" else 0, keepdim=True).mul_(1e-6)
         return residual.masked_fill_(residual.abs() <= floor, 0)
 
-    def merge_(self, outside: Tensor, small: Tensor) -> Tensor:
+    def merge_(self, outside: Tensor, small: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+        """`beta * outside + alpha * up(small)`, in place of `outside`."""
         left, right = (small, self.tensor) if self.side == "right" else (self.tensor, small)
-        return outside.addmm_(left, right)
+        return outside.addmm_(left, right, alpha=alpha, beta=beta)
 
     def is_full(self, shape: torch.Size) -> bool:
         return min(self.tensor.shape) == min(shape)
@@ -185,14 +188,7 @@ def draw(projection: str, matrix: Tensor, density: float, generator: torch.Gener
     side, axis = ("right", 1) if rows >= columns else ("left", 0)
     rank = round(density * min(rows, columns))
     if projection == "svd":
-        if rank == 0:
-            basis = matrix.new_zeros((0, columns) if side == "right" else (rows, 0))
-        else:
-            wide = matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
-            U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
-            # a slice would keep the whole factor in memory
-            basis = Vh[:rank].clone() if side == "right" else U[:, :rank].clone(memory_format=torch.contiguous_format)
-        return Basis(side, basis)
+        return svd_basis(matrix, rank, side)
     if projection == "random":
         basis = torch.empty((rank, columns) if side == "right" else (rows, rank), device=generator.device)
         if rank:
@@ -215,6 +211,23 @@ def draw(projection: str, matrix: Tensor, density: float, generator: torch.Gener
     if projection == "randk" and total < 2**31:
         indices = indices.to(torch.int32)  # an index per entry is as large as a moment
     return Coordinates(None if projection == "randk" else axis, indices.to(matrix.device))
+
+
+def svd_basis(matrix: Tensor, rank: int, side: str) -> Basis:
+    """The top `rank` singular directions of a matrix: right (rows of V^T) or left (columns of U). fp32 for 16 bits.
+
+    >>> svd_basis(torch.diag(torch.tensor([1.0, 3.0])), 1, "right").tensor.abs()
+    tensor([[0., 1.]])
+    """
+    rows, columns = matrix.shape
+    if rank == 0:
+        return Basis(side, matrix.new_zeros((0, columns) if side == "right" else (rows, 0)))
+    wide = matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
+    U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
+    # a slice would keep the whole factor in memory
+    return Basis(
+        side, Vh[:rank].clone() if side == "right" else U[:, :rank].clone(memory_format=torch.contiguous_format)
+    )
 
 
 def restore(projection: str, tensor: Tensor, shape: torch.Size) -> Subspace:

@@ -18,16 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.kernels.adam import adam_
-from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
-from headway.optim.grouping import split_parameters
+from headway.optim.adam_rule import adam_steps
+from headway.optim.checks import gradients, refuse_complex, refuse_sharded
+from headway.optim.grouping import batches_of_one_shape, split_parameters
 from headway.optim.polar import POLAR_RANGES, polar_factor
 from headway.optim.state import restore_state, state_bytes
 
 __all__ = ["SWAN", "grad_norm", "grad_whiten", "swan_param_groups"]
-
-# Matrices of one shape are whitened together, as many as hold this many elements (or one).
-_BATCH_ELEMENTS = 2**22
 
 
 class SWAN(Optimizer):
@@ -184,14 +181,22 @@ class SWAN(Optimizer):
         ready = gradients("SWAN", self.param_groups)
         for group, params in zip(self.param_groups, ready, strict=True):
             self._whitened_steps(group, [p for p in params if _is_whitened(group, p)])
-            self._adamw_steps(group, [p for p in params if not _is_whitened(group, p)])
+            adam_steps(
+                self,
+                [p for p in params if not _is_whitened(group, p)],
+                lr=group["lr"] * group["adamw_lr_scale"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+            )
         return loss
 
     def _whitened_steps(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr = group["lr"] * group["alpha"]
         if group["weight_decay"] and params:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for batch in _batches(params):
+        for batch in batches_of_one_shape(params):
             G = torch.stack([_matrix(p.grad) for p in batch])  # [batch, m, n]
             N = grad_norm(G, group["center"], group["eps"])
             P = grad_whiten(N, group["ns_steps"], group["ns_beta"], group["method"])
@@ -200,42 +205,6 @@ class SWAN(Optimizer):
             sign = -1.0 if group["maximize"] else 1.0
             for p, d in zip(batch, D, strict=True):
                 p.sub_(d.view(p.shape).to(p.dtype), alpha=sign * lr)
-
-    def _adamw_steps(self, group: dict[str, Any], params: list[Any]) -> None:
-        if not params:
-            return
-        states = [self._adamw_state(p) for p in params]
-        lr = group["lr"] * group["adamw_lr_scale"]
-        beta1, beta2 = group["betas"]
-        for state in states:
-            state["step"] += 1
-        by_kind: dict[Any, list[int]] = {}
-        for i, p in enumerate(params):
-            by_kind.setdefault((p.device, p.dtype), []).append(i)
-        for members in by_kind.values():
-            steps = [states[i]["step"] for i in members]
-            adam_(
-                local(params[i] for i in members),
-                local(params[i].grad for i in members),
-                local(states[i]["exp_avg"] for i in members),
-                local(states[i]["exp_avg_sq"] for i in members),
-                step_sizes=[lr / (1 - beta1**t) for t in steps],
-                root_scales=[(1 - beta2**t) ** -0.5 for t in steps],
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                decay_before=1 - lr * group["weight_decay"],
-                maximize=group["maximize"],
-            )
-
-    def _adamw_state(self, p: Tensor) -> dict[str, Any]:
-        state = self.state[p]
-        if not state:
-            dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        return state
 
 
 def grad_norm(G: Tensor, center: bool = True, eps: float = 1e-8) -> Tensor:
@@ -314,14 +283,3 @@ def _matrix(gradient: Any) -> Tensor:
     """A gradient as a matrix of its first dimension against the others, in float32 or float64."""
     matrix = gradient.reshape(gradient.shape[0], -1)
     return matrix if matrix.dtype == torch.float64 else matrix.float()
-
-
-def _batches(params: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Parameters of one matrix shape, device and dtype, few enough for bounded temporaries."""
-    kinds: dict[Any, list[Tensor]] = {}
-    for p in params:
-        kinds.setdefault((p.device, p.dtype, p.shape[0], p.numel()), []).append(p)
-    for members in kinds.values():
-        size = max(1, _BATCH_ELEMENTS // members[0].numel())
-        for first in range(0, len(members), size):
-            yield members[first : first + size]

@@ -5,64 +5,54 @@
 #include <math.h>
 #include <string.h>
 
-enum { CELLS = 1 << 13, SIGNED_SHIFT = 17, UNSIGNED_SHIFT = 16 };
+enum { SIGNED_SHIFT = 17, UNSIGNED_SHIFT = 16, CELLS = 1 << 12 };
 
 static float values[2][256];
 static uint32_t cells[2][CELLS];
 static code_map maps[2]; /* unsigned, signed */
 
-static uint32_t bits_of(float x) {
+static uint32_t magnitude_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits & 0x7fffffff;
 }
 
-static float magnitude_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* The cells of one sign: magnitudes from index << shift to one less than (index + 1) << shift. Going up in z, the cell
-   starts with `base` midpoints below it and passes its own after `passed` steps of the last bit; an entry is base and
-   the complement of `passed`, so that adding the steps that z has gone carries into the code once it is past. */
-static int fill(uint32_t *to, const code_map *map, const float *midpoints, int negative) {
-    const uint32_t mask = (1u << map->shift) - 1;
-    const float sign = negative ? -1.0f : 1.0f;
-    for (uint32_t index = map->first; index <= map->last; index++) {
-        const uint32_t low = index << map->shift, high = low | mask;
-        uint32_t base = 0, passed = mask;
-        int own = 0;
+/* Take over a map, 256 values and 255 midpoints ascending, values[255] = 1. Returns 0 if the cells cannot express it. */
+EXPORT int headway_set_map(int is_signed, const float *own_values, const float *midpoints) {
+    code_map *map = &maps[is_signed];
+    uint32_t *own_cells = cells[is_signed], smallest = magnitude_bits(1.0f);
+    for (int i = 0; i < 255; i++)
+        if (magnitude_bits(midpoints[i]) < smallest) smallest = magnitude_bits(midpoints[i]);
+    memcpy(values[is_signed], own_values, sizeof values[is_signed]);
+    map->values = values[is_signed];
+    map->cells = own_cells;
+    map->shift = is_signed ? SIGNED_SHIFT : UNSIGNED_SHIFT;
+    map->least = ((smallest >> map->shift) - 1) << map->shift; /* so the first cell holds no midpoint */
+    map->range = is_signed ? (uint32_t)CELLS / 2 << (map->shift + 1) : 0;
+    map->range -= is_signed;
+    const uint32_t shift = map->shift, mask = (1u << shift) - 1;
+    if ((magnitude_bits(1.0f) - map->least) >> shift >= (is_signed ? CELLS / 2 : CELLS)) return 0;
+    for (uint32_t index = 0; index < CELLS; index++) {
+        /* Going up in z, which within a cell is up in u: `base` midpoints are below the cell, and z is past the cell's
+           own after more than `passed` steps of its last bit. */
+        uint32_t base = 0, passed = mask, own = 0;
         for (int i = 0; i < 255; i++) {
-            const uint32_t bits = bits_of(midpoints[i]);
-            if ((midpoints[i] < 0) == negative && bits >= low && bits <= high && index > map->first) {
-                passed = negative ? high - bits : bits - low;
+            const uint32_t w = magnitude_bits(midpoints[i]) - map->least, u = midpoints[i] < 0 ? ~w & map->range : w;
+            if (u >> shift == index) {
+                passed = u & mask;
                 own++;
-            } else if (midpoints[i] < sign * magnitude_of(index > map->first ? low : 0)) {
-                base++;
+            } else if (midpoints[i] < 0) {
+                /* Negative z have the upper half of the cells. */
+                base += index < CELLS / 2 || u < index << shift;
+            } else {
+                base += u < index << shift && (!is_signed || index < CELLS / 2);
             }
         }
         if (own > 1) return 0;
-        to[index - map->first] = (base << map->shift) + (mask - passed);
+        /* Less the index, which adding u brings in again. */
+        own_cells[index] = (base << shift) + (mask - passed) - (index << shift);
     }
     return 1;
-}
-
-/* Take over a map, 256 values and 255 midpoints ascending, values[255] = 1. Returns 0 if it does not fit the cells. */
-EXPORT int headway_set_map(int is_signed, const float *own_values, const float *midpoints) {
-    code_map *map = &maps[is_signed];
-    float smallest = 1;
-    for (int i = 0; i < 255; i++)
-        if (fabsf(midpoints[i]) < smallest) smallest = fabsf(midpoints[i]);
-    memcpy(values[is_signed], own_values, sizeof values[is_signed]);
-    map->values = values[is_signed];
-    map->cells = cells[is_signed];
-    map->shift = is_signed ? SIGNED_SHIFT : UNSIGNED_SHIFT;
-    map->first = (bits_of(smallest) >> map->shift) - 1;
-    map->last = bits_of(1.0f) >> map->shift;
-    map->count = map->last - map->first + 1;
-    return 2 * map->count <= CELLS && fill(cells[is_signed], map, midpoints, 0) &&
-           fill(cells[is_signed] + map->count, map, midpoints, 1);
 }
 
 typedef struct {

@@ -45,16 +45,16 @@ typedef struct {
     float root_scale;
 } adam_tensor;
 
-/* A map from 8-bit codes to numbers in [-1, 1], and the way back. The code of z is the number of midpoints below it.
-   The bits of |z| above `shift` select a cell, which holds one midpoint at most; what the cell says plus the bits
-   below carries into the code exactly when z is past the midpoint (blockwise.c). */
+/* A map from 8-bit codes to numbers z in [-1, 1], and the way back: the code of z is the number of midpoints below it.
+   With u = the bits of |z| less `least` (at least 0), and its complement within `range` for negative z, a cell is all u with
+   the same bits above `shift`, and holds one midpoint at most. (cells[u >> shift] + u) >> shift is the code: u carries
+   into it exactly when z is past the cell's midpoint (blockwise.c). */
 typedef struct {
     const float *values; /* 256, ascending */
     const uint32_t *cells;
     uint32_t shift;
-    uint32_t first; /* smaller magnitudes are in the first cell, */
-    uint32_t last;  /* larger ones in the last */
-    uint32_t count; /* cells of positive numbers; as many of negative ones follow */
+    uint32_t least; /* magnitudes up to here are below the first midpoint */
+    uint32_t range; /* all ones; 0: an unsigned map, for which negative z are 0 */
 } code_map;
 
 /* Blocks of the 8-bit Adam step: their moments fit the first-level cache. */

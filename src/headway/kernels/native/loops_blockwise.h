@@ -7,6 +7,7 @@
 #define OPAQUE(index) __asm__("" : "+r"(index))
 
 INLINE void look_up_codes(const float *restrict values, const uint8_t *restrict codes, size_t count, float *restrict x) {
+#pragma GCC unroll 8
     for (size_t i = 0; i < count; i++) {
         size_t code = codes[i];
         OPAQUE(code);
@@ -24,40 +25,68 @@ INLINE float largest_magnitude(const float *x, size_t count) {
     return float_of((uint32_t)largest);
 }
 
-/* The codes of x / absmax. */
-INLINE void encode(const code_map *map, const float *x, size_t count, float absmax, uint8_t *codes) {
-    const float divisor = absmax == 0.0f ? 1.0f : absmax;
-    const uint32_t shift = map->shift, mask = (1u << shift) - 1;
-    const int32_t first = (int32_t)map->first, last = (int32_t)map->last, negative = (int32_t)map->count;
-    const uint32_t *cells = map->cells;
-    uint32_t cell[BLOCK], low[BLOCK];
-    for (size_t start = 0; start < count; start += BLOCK) {
-        const size_t length = count - start < BLOCK ? count - start : BLOCK;
-        const float *restrict from = x + start;
-        uint8_t *restrict to = codes + start;
+/* The u of x / absmax, for a finite absmax. */
+INLINE void reduce(const code_map *map, const float *restrict x, size_t count, float divisor, uint32_t *restrict u, int is_signed) {
+    const uint32_t range = map->range;
+    const int32_t least = (int32_t)map->least;
 #pragma omp simd
-        for (size_t i = 0; i < length; i++) {
-            uint32_t bits = bits_of(from[i] / divisor);
-            int32_t sign = (int32_t)bits >> 31; /* all ones for negative numbers, whose order is reversed */
-            int32_t index = (int32_t)((bits & 0x7fffffff) >> shift);
-            index = index < first ? first : index;
-            index = index > last ? last : index;
-            cell[i] = (uint32_t)(index - first + (sign & negative));
-            low[i] = (bits ^ (uint32_t)sign) & mask;
-        }
-        for (size_t i = 0; i < length; i++) {
-            size_t index = cell[i];
-            OPAQUE(index);
-            cell[i] = cells[index];
-        }
-#pragma omp simd
-        for (size_t i = 0; i < length; i++) to[i] = (uint8_t)((cell[i] + low[i]) >> shift);
+    for (size_t i = 0; i < count; i++) {
+        int32_t bits = (int32_t)bits_of(x[i] / divisor), sign = bits >> 31;
+        if (is_signed) bits &= 0x7fffffff;
+        bits = (bits > least ? bits : least) - least;
+        u[i] = is_signed ? (uint32_t)(bits ^ sign) & range : (uint32_t)bits;
     }
+}
+
+INLINE void find_codes(const uint32_t *restrict cells, uint32_t shift, const uint32_t *restrict u, size_t count, uint8_t *restrict codes) {
+#pragma GCC unroll 32
+    for (size_t i = 0; i < count; i++) {
+        size_t index = u[i] >> shift;
+        OPAQUE(index);
+        codes[i] = (uint8_t)((cells[index] + u[i]) >> shift);
+    }
+}
+
+enum { TILE8 = 32 };
+
+/* The codes of x / absmax. Vector and scalar work on neighbouring tiles alternate, so that the processor overlaps them. */
+INLINE void encode(const code_map *map, const float *x, size_t count, float absmax, uint8_t *codes, int is_signed) {
+    const float divisor = absmax == 0.0f ? 1.0f : absmax;
+    const uint32_t shift = is_signed ? 17 : 16, *cells = map->cells;
+    uint32_t u[2][TILE8];
+    size_t i = 0;
+    if (count >= 2 * TILE8) {
+        reduce(map, x, TILE8, divisor, u[0], is_signed);
+        for (; i + 3 * TILE8 <= count; i += 2 * TILE8) {
+            reduce(map, x + i + TILE8, TILE8, divisor, u[1], is_signed);
+            find_codes(cells, shift, u[0], TILE8, codes + i);
+            reduce(map, x + i + 2 * TILE8, TILE8, divisor, u[0], is_signed);
+            find_codes(cells, shift, u[1], TILE8, codes + i + TILE8);
+        }
+    }
+    for (; i < count; i += TILE8) {
+        const size_t length = count - i < TILE8 ? count - i : TILE8;
+        reduce(map, x + i, length, divisor, u[0], is_signed);
+        find_codes(cells, shift, u[0], length, codes + i);
+    }
+}
+
+/* As PyTorch does: what is not a number is above all midpoints, and anything else is 0 next to an infinity. */
+static void encode_not_finite(const code_map *map, const float *x, size_t count, float absmax, uint8_t *codes) {
+    uint8_t zero = 0;
+    while (map->values[zero] != 0) zero++;
+    for (size_t i = 0; i < count; i++) codes[i] = isnan(x[i] / absmax) ? 255 : zero;
+}
+
+INLINE void encode_any(const code_map *map, const float *x, size_t count, float absmax, uint8_t *codes) {
+    if (!isfinite(absmax)) encode_not_finite(map, x, count, absmax, codes);
+    else if (map->range) encode(map, x, count, absmax, codes, 1);
+    else encode(map, x, count, absmax, codes, 0);
 }
 
 static float quantize(const code_map *map, const float *x, size_t count, uint8_t *codes) {
     const float absmax = largest_magnitude(x, count);
-    encode(map, x, count, absmax, codes);
+    encode_any(map, x, count, absmax, codes);
     return absmax;
 }
 
@@ -102,8 +131,8 @@ INLINE void adam8_range(const adam_rule *rule, const adam8_tensor *t, size_t sta
         }
         t->absmax1[block] = float_of((uint32_t)largest1);
         t->absmax2[block] = float_of((uint32_t)largest2);
-        encode(t->map1, exp_avgs, count, t->absmax1[block], t->codes1 + start);
-        encode(t->map2, exp_avg_sqs, count, t->absmax2[block], t->codes2 + start);
+        encode_any(t->map1, exp_avgs, count, t->absmax1[block], t->codes1 + start);
+        encode_any(t->map2, exp_avg_sqs, count, t->absmax2[block], t->codes2 + start);
     }
 }
 
