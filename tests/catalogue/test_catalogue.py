@@ -11,6 +11,7 @@ PACKAGES = {role.package: role for role in catalogue.ROLES.values()}
 # Modules that stand below several methods of their package, or are no method.
 SHARED = {
     "headway.optim": {
+        "adam_rule",
         "checks",
         "consensus",
         "curvature",

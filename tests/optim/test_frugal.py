@@ -400,6 +400,22 @@ def test_parameters_of_one_shape_get_different_subspaces():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused_by_name_and_changes_nothing(bad):
+    parameters = weights()
+    optimizer = projected(parameters, projection="columns", density=0.5, weight_decay=0.1)
+    train(optimizer, parameters, 2)
+    before, saved = [p.detach().clone() for p in parameters], copy.deepcopy(optimizer.state_dict())
+    set_gradients(parameters, 2)
+    parameters[2].grad[0, 0] = bad
+    with pytest.raises(FloatingPointError, match="Frugal: the gradient of parameter 2 of group 0"):
+        optimizer.step()
+    assert_all_equal(before, parameters)
+    assert saved["param_groups"] == optimizer.state_dict()["param_groups"]
+    for index, state in saved["state"].items():
+        assert_all_equal([state["exp_avg"]], [optimizer.state_dict()["state"][index]["exp_avg"]])
+
+
 def test_bad_values_are_refused_with_their_name():
     parameters = weights()
     with pytest.raises(ValueError, match=r"density must be in \[0, 1\], got 1.5"):

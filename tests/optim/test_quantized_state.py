@@ -18,7 +18,6 @@ MODULES = {DiffGrad: diffgrad, Frugal: frugal, SPAM: spam, SplitSGD: opposing_si
 # Every rule with 8-bit state, at settings under which 200 steps go through several subspaces and resets.
 CASES = {
     "frugal, blocks": (Frugal, {"lr": 0.01, "density": 1.0}),
-    "frugal, columns": (Frugal, {"lr": 0.01, "projection": "columns", "density": 0.5, "update_gap": 50}),
     "frugal, reproject": (
         Frugal,
         {"lr": 0.01, "projection": "columns", "density": 0.5, "update_gap": 20, "on_change": "reproject"},
@@ -84,7 +83,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name not in ("frugal, columns", "frugal, svd", "opposing signals, threshold")]
+    "name", [name for name in CASES if name not in ("frugal, sgdm", "frugal, svd", "opposing signals, threshold")]
 )
 def test_contract_with_every_tensor_in_8_bits(name, monkeypatch):
     cls, options = CASES[name]
@@ -179,7 +178,7 @@ def test_a_saved_run_continues_to_the_bit(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_small_batches_give_the_same_steps_and_hold_no_copy_of_all_the_state(name, monkeypatch):
-    """Of eight tensors of 8192 entries in batches of two, no more than three moments of two tensors are there at once."""
+    """Of eight tensors of 8192 entries in batches of two, at most three moments of two tensors are there at once."""
     cls, _ = CASES[name]
     shapes = [(64, 128)] * 8
     expected, _, _ = run(name, 8, 3, shapes)

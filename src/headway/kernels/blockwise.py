@@ -50,10 +50,11 @@ def create_dynamic_map(signed: bool = True) -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float64)
+        bounds = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float64, device="cpu")
         means = (10.0 ** (i - 6) * (bounds[:-1] + bounds[1:]) / 2).tolist()
         values += means + ([-mean for mean in means] if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float64).float()
+    # The first call may come under a default device; the cached map is for all later ones.
+    return torch.tensor(sorted(values), dtype=torch.float64, device="cpu").float()
 
 
 @functools.cache
@@ -74,8 +75,8 @@ def quantize_blockwise(x: Tensor, signed: bool = True, block_size: int = 256) ->
         absmax_k = max |x| over block k;  code = nearest map value to x / absmax_k, a tie to the lower code
 
     An element that is 0 gets the code of 0, also in a block of zeros (absmax 0). With the unsigned map no other element
-    does: what is nearer to 0 than to the smallest value gets that value. A second moment that became 0 beside a first one
-    that did not would make steps of m / eps.
+    does: what is nearer to 0 than to the smallest value gets that value. A second moment that became 0 beside a first
+    one that did not would make steps of m / eps.
 
     Args:
         x: floating-point, any shape; elements are counted in the order of `x.reshape(-1)`.
@@ -97,8 +98,8 @@ def quantize_blockwise(x: Tensor, signed: bool = True, block_size: int = 256) ->
     loaded = _library()
     if loaded is None or not library.takes(flat):
         return quantize_blockwise_reference(x, signed, block_size)
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    absmax = torch.empty(blocks(flat.numel(), block_size))
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(blocks(flat.numel(), block_size), dtype=torch.float32, device=x.device)
     _code(loaded, False, signed, block_size, flat, codes, absmax)
     return codes, absmax
 
@@ -106,8 +107,11 @@ def quantize_blockwise(x: Tensor, signed: bool = True, block_size: int = 256) ->
 @functools.cache
 def _set_maps(loaded: ctypes.CDLL) -> bool:
     """Give the library both maps; False if it cannot work with them."""
+    unsigned_midpoints = _midpoints(False).clone()
+    unsigned_midpoints[0] = 0  # so that 0 alone gets the code of 0
+    midpoints = {False: unsigned_midpoints, True: _midpoints(True)}
     return all(
-        loaded.headway_set_map(signed, create_dynamic_map(signed).data_ptr(), _midpoints(signed).data_ptr())
+        loaded.headway_set_map(signed, create_dynamic_map(signed).data_ptr(), midpoints[signed].data_ptr())
         for signed in (False, True)
     )
 
@@ -132,11 +136,16 @@ def _check(x: Tensor, block_size: int) -> None:
         raise ValueError(f"block_size must be a whole number >= 1, got {block_size!r}")
 
 
+def _check_scales(codes: Tensor, absmax: Tensor, block_size: int) -> None:
+    if absmax.numel() != blocks(codes.numel(), block_size):
+        raise ValueError(f"absmax must have {blocks(codes.numel(), block_size)} scales, got {absmax.numel()}")
+
+
 def quantize_blockwise_reference(x: Tensor, signed: bool = True, block_size: int = 256) -> tuple[Tensor, Tensor]:
     """The same in torch operations."""
     flat = x.detach().reshape(-1).float()
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(blocks(flat.numel(), block_size), device=x.device)
+    absmax = torch.empty(blocks(flat.numel(), block_size), dtype=torch.float32, device=x.device)
     midpoints = _midpoints(signed).to(x.device)
     stride = max(1, _CHUNK // block_size) * block_size
     for start in range(0, flat.numel(), stride):
@@ -173,8 +182,7 @@ def dequantize_blockwise(
         raise TypeError(f"codes must be uint8, got {codes.dtype}")
     if block_size < 1:
         raise ValueError(f"block_size must be a whole number >= 1, got {block_size!r}")
-    if absmax.numel() != blocks(codes.numel(), block_size):
-        raise ValueError(f"absmax must have {blocks(codes.numel(), block_size)} scales, got {absmax.numel()}")
+    _check_scales(codes, absmax, block_size)
     loaded = _library()
     if (
         loaded is None
@@ -182,7 +190,7 @@ def dequantize_blockwise(
         or not (absmax.is_contiguous() and library.takes(absmax))
     ):
         return dequantize_blockwise_reference(codes, absmax, signed, block_size, dtype)
-    values = torch.empty(codes.shape)
+    values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     _code(loaded, True, signed, block_size, values, codes, absmax)
     return values.to(dtype)
 
@@ -224,10 +232,13 @@ def adam8_(
 
     The parameters move by the fresh float32 moments; what is stored of them is quantised: m with the signed map, v with
     the unsigned one. `codes1` and `codes2` are uint8 (n,), in the order of `p.reshape(-1)`; `absmax1` and `absmax2`
-    float32 (ceil(n / block_size),). `native` as in `adam_`.
+    float32 (ceil(n / block_size),). `native` as in `adam_`. Scales of another number raise `ValueError`.
     """
     lists = (params, grads, codes1, absmax1, codes2, absmax2)
     positions = list(zip(*lists, step_sizes, root_scales, strict=True))
+    for _, _, q1, a1, q2, a2, _, _ in positions:
+        _check_scales(q1, a1, block_size)
+        _check_scales(q2, a2, block_size)
     refused = list(range(len(positions)))
     if native is not False:
         loaded = _library()

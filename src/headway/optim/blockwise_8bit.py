@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
 from headway.kernels.blockwise import adam8_
-from headway.optim.checks import gradients, refuse_complex, refuse_sharded
+from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
 from headway.optim.quantized_state import BLOCK_SIZE, MIN_SIZE, SHARDED, STATE_BITS, create, is_quantized, read, write
 from headway.optim.state import restore_state, state_bytes
 
@@ -197,8 +197,10 @@ class Adam8bit(_Optimizer8bit):
         FloatingPointError: a gradient that is not finite; nothing is changed.
 
     Source: Dettmers, Lewis, Shleifer, Zettlemoyer, arXiv 2110.02861, and bitsandbytes (at 95f9af3). Departures: codes
-    are exact nearest values, where bitsandbytes' CPU library rounds by a table that turns 0 into 2e-5 of the scale;
-    a gradient that is not finite raises, where its CUDA kernel skips the entry.
+    are exact nearest values, where bitsandbytes' CPU library rounds by a table that turns 0 into 2e-5 of the scale, so
+    no sign is ever lost; a v that is not 0 never becomes 0, which the nearest value would be 6.8 decades below the
+    block's largest: entries whose gradients are a thousandth of their neighbours' would then jump by m over almost
+    nothing; a gradient that is not finite raises, where its CUDA kernel skips the entry.
 
     >>> layer = nn.Linear(128, 128)
     >>> optimizer = Adam8bit(layer.parameters())
@@ -259,7 +261,7 @@ class Adam8bit(_Optimizer8bit):
                 scales = [[state[f"{name}_absmax"] for state in states] for name in self.states]
                 adam8_(members, grads, m, scales[0], v, scales[1], block_size=group["block_size"], **options)
             else:
-                adam_(members, grads, *moments, **options)
+                adam_(local(members), local(grads), *map(local, moments), **options)
 
 
 class AdamW8bit(Adam8bit):
@@ -371,7 +373,8 @@ class RMSprop8bit(_Optimizer8bit):
     Args: as `Adam8bit`, with `alpha` in [0, 1), default 0.99, and coupled `weight_decay`, as torch.optim.RMSprop;
     `lr` is 1e-2 by default. Raises as `Adam8bit` does.
 
-    Source: arXiv 2110.02861.
+    Source: arXiv 2110.02861. Departure: v is kept with the unsigned map, as in Adam; bitsandbytes takes the signed one
+    for every first state, which leaves v half the precision. Its Adagrad, too.
 
     >>> weight = nn.Parameter(torch.ones(4096))
     >>> optimizer = RMSprop8bit([weight], lr=0.05)
@@ -432,7 +435,7 @@ class Adagrad8bit(_Optimizer8bit):
     default. Raises as `Adam8bit` does. A growing sum stops where an addend is below half a step of the map: 8 bits
     suit runs with a decaying learning rate.
 
-    Source: arXiv 2110.02861.
+    Source: arXiv 2110.02861; the map is that of `RMSprop8bit`.
 
     >>> weight = nn.Parameter(torch.ones(4096))
     >>> optimizer = Adagrad8bit([weight], lr=0.5)

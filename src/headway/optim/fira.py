@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.kernels.adam import adam_
-from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
+from headway.optim.adam_rule import adam_steps
+from headway.optim.checks import gradients, refuse_complex, refuse_sharded
 from headway.optim.grouping import split_parameters
 from headway.optim.state import restore_state, state_bytes
 from headway.optim.subspace import Basis, svd_basis
 
 __all__ = ["Fira", "fira_param_groups"]
 
-# Below this part of a row's energy the residual is the rounding noise of the products.
-_NOISE = 1e-6
+# Where |S|_F^2 is below this part of what it is the difference of, the difference has lost its digits.
+_CANCELLED = 1e-2
 
 
 class Fira(Optimizer):
@@ -46,16 +46,18 @@ class Fira(Optimizer):
         W = (1 - lr weight_decay) W
 
     m, v and t go on when P changes. The limiter lets |S|_F grow by 1 % a step, so that a spike of the gradient does not
-    reach W; after a step with a very small residual it also holds S back for many steps. All other parameters follow
-    AdamW with the same formula on G itself.
+    reach W. After a step with a very small residual (a zero gradient, or one of rank r) it also holds S back, for
+    log(ratio) / log(limiter) steps; `limiter=None` does not. All other parameters follow AdamW with the same formula on
+    G itself.
 
     A parameter group says with the key `projected` which are projected: True (all), False (none), or None, the default:
     matrices whose shorter side is longer than `rank`. `for_model` and `fira_param_groups` project the linear layers
     but the output head, which is the paper's setting.
 
-    Cost of a step: two products of G's size with rank columns, the norms of G's rows, and an SVD every
-    `update_proj_gap` steps. State in bytes: 4 (2 m r + r n + 1) on the right side, 4 (2 r n + m r + 1) on the left;
-    two numbers per entry for other parameters.
+    Cost of a step: two products of 2 m n r operations, the norms of G's rows, and an SVD every `update_proj_gap` steps;
+    a third product where the residual is less than 1 % of the energy, and on accelerators.
+    State in bytes: 4 (2 m r + r n + 1) on the right side, 4 (2 r n + m r + 1) on the left, without the 1 if there is no
+    limiter; two numbers per entry for other parameters.
 
     Args:
         params: parameters or parameter groups; every argument below may differ by group.
@@ -74,15 +76,15 @@ class Fira(Optimizer):
         maximize: ascend instead of descend.
 
     Raises:
-        ValueError: an argument outside its range, also in a group; in a group with `projected=True` a tensor that is not
-            2-D, has a shorter side than `rank`, or is sharded over ranks; complex parameters.
+        ValueError: an argument outside its range, also in a group; in a group with `projected=True` a tensor that is
+            not 2-D, has a shorter side than `rank`, or is sharded over ranks; complex parameters.
         RuntimeError: sparse gradients.
         FloatingPointError: a gradient that is not finite; nothing is changed.
 
     Source: Chen et al., arXiv 2410.01623, and the authors' code (xichen-fy/Fira at 5c28b13). Departures from the code:
-    the scaled side is that of the projector, also for an r x r projection; |S|_F and the step are formed without S
-    itself, |G_i - alpha R_i P|^2 = |G_i|^2 - (2 alpha - alpha^2) |R_i|^2, and a row whose residual is rounding noise (1e-6
-    of its energy) has none. GaLore is arXiv 2403.03507.
+    the scaled side is that of the projector, also for an r x r projection; phi is 0 where |R_i| < 1e-12; the step is
+    formed as (alpha psi - alpha phi R) P + phi G, and |S|_F from |G_i - alpha R_i P|^2 = |G_i|^2 - (2 alpha - alpha^2)
+    |R_i|^2, the same up to rounding; P is float32 for 16-bit weights. GaLore is arXiv 2403.03507.
 
     >>> weight = torch.nn.Parameter(torch.zeros(4, 3))
     >>> optimizer = Fira([{"params": [weight], "projected": True}], rank=1)
@@ -204,13 +206,23 @@ class Fira(Optimizer):
             for p in ready:
                 if _is_projected(group, p):
                     self._projected_step(group, p)
-            self._adamw_steps(group, [p for p in ready if not _is_projected(group, p)])
+            adam_steps(
+                self,
+                [p for p in ready if not _is_projected(group, p)],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                correct_bias=group["correct_bias"],
+                early=False,
+            )
         return loss
 
     def _projected_step(self, group: dict[str, Any], p: Tensor) -> None:
+        # One weight at a time: W and G stay in the caches from one product to the next.
         state, side = self.state[p], _side(group, p)
-        wide = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
-        G = p.grad.to(wide) if p.grad is not None else torch.zeros_like(p)
+        G, W = _wide(cast(Tensor, p.grad)), _wide(p)
         if group["maximize"]:
             G = -G
         t = state.get("step", 0)
@@ -225,68 +237,21 @@ class Fira(Optimizer):
         m = state["exp_avg"].mul_(beta1).add_(R, alpha=1 - beta1)
         v = state["exp_avg_sq"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
         psi = m / v.sqrt().add_(group["eps"])
-        size = _step_size(group, t + 1)
+        size = group["lr"]
+        if group["correct_bias"]:
+            size *= math.sqrt(1 - beta2 ** (t + 1)) / (1 - beta1 ** (t + 1))
 
-        W = p if p.dtype == wide else p.to(wide)
         low_rank = group["alpha"] * psi
         if group["scaling"]:
             kappa = group["alpha"] if group["residual"] == "code" else 1.0
-            scale = self._limited_scale(group, state, G, R, psi, kappa, 1 if side == "right" else 0)
+            scale = _limited_scale(group["limiter"], state, basis, G, R, psi, kappa)
             # alpha psi P + scale (G - kappa R P), with one product
             low_rank.addcmul_(scale, R, value=-kappa)
             W.addcmul_(G, scale, value=-size)
-        left, right = (low_rank, basis.tensor) if side == "right" else (basis.tensor, low_rank)
-        W.addmm_(left, right, alpha=-size)
-        if group["weight_decay"]:
-            W.mul_(1 - group["lr"] * group["weight_decay"])
+        decay = 1 - group["lr"] * group["weight_decay"]
+        basis.merge_(W, low_rank, alpha=-size * decay, beta=decay)
         if W is not p:
             p.copy_(W)
-
-    def _limited_scale(
-        self, group: dict[str, Any], state: dict[str, Any], G: Tensor, R: Tensor, psi: Tensor, kappa: float, dim: int
-    ) -> Tensor:
-        """The factors of the residual's rows (dim 1) or columns (dim 0), after the limiter."""
-        inside = torch.linalg.vector_norm(R, dim=dim, keepdim=True)
-        phi = torch.linalg.vector_norm(psi, dim=dim, keepdim=True) / (inside + 1e-8)
-        whole = torch.linalg.vector_norm(G, dim=dim, keepdim=True).square_()
-        energy = whole - (2 * kappa - kappa**2) * inside.square()
-        phi = torch.where((inside < 1e-12) | (energy <= _NOISE * whole), 0, phi)
-        norm = (phi.square() * energy).sum().sqrt()
-        if group["limiter"] is None:
-            return phi
-        if "residual_norm" in state:
-            growth = norm / (state["residual_norm"] + 1e-8)
-            limit = growth.clamp_min(group["limiter"]) / group["limiter"]
-            norm, phi = norm / limit, phi / limit
-        state["residual_norm"] = norm
-        return phi
-
-    def _adamw_steps(self, group: dict[str, Any], params: list[Any]) -> None:
-        kinds: dict[Any, list[Any]] = {}
-        for p in params:
-            state = self.state[p]
-            if not state:
-                wide = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
-                state["step"] = 0
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-            state["step"] += 1
-            kinds.setdefault((p.device, p.dtype), []).append(p)
-        for members in kinds.values():
-            states = [self.state[p] for p in members]
-            adam_(
-                local(members),
-                local(p.grad for p in members),
-                local(state["exp_avg"] for state in states),
-                local(state["exp_avg_sq"] for state in states),
-                step_sizes=[_step_size(group, state["step"]) for state in states],
-                root_scales=[1.0] * len(members),
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                decay_after=1 - group["lr"] * group["weight_decay"],
-                maximize=group["maximize"],
-            )
 
 
 def fira_param_groups(
@@ -337,7 +302,35 @@ def _side(group: dict[str, Any], p: Tensor) -> str:
     return "right" if (p.shape[0] >= p.shape[1]) == (kind == "std") else "left"
 
 
-def _step_size(group: dict[str, Any], t: int) -> float:
-    beta1, beta2 = group["betas"]
-    correction = math.sqrt(1 - beta2**t) / (1 - beta1**t) if group["correct_bias"] else 1.0
-    return group["lr"] * correction
+def _limited_scale(
+    limiter: float | None, state: dict[str, Any], basis: Basis, G: Tensor, R: Tensor, psi: Tensor, kappa: float
+) -> Tensor:
+    """The factors phi after the limiter: those of the residual's rows (right side) or columns (left side)."""
+    dim = 1 if basis.side == "right" else 0
+    inside = _squares(R, dim)
+    length = inside.sqrt()
+    phi = torch.where(length < 1e-12, 0, _squares(psi, dim).sqrt_() / (length + 1e-8))
+    if limiter is None:
+        return phi
+    whole, gain = _squares(G, dim), phi.square()
+    square = (gain * (whole - (2 * kappa - kappa**2) * inside)).sum()
+    # Asking an accelerator whether it cancelled would wait for it; there the product costs less.
+    if square.device.type != "cpu" or square <= _CANCELLED * (gain * whole).sum():
+        square = (gain * _squares(basis.merge_(G.clone(), R, alpha=-kappa), dim)).sum()
+    norm = square.sqrt()
+    if "residual_norm" in state:
+        limit = (norm / (state["residual_norm"] + 1e-8)).clamp_min_(limiter) / limiter
+        norm, phi = norm / limit, phi / limit
+    state["residual_norm"] = norm
+    return phi
+
+
+def _squares(matrix: Tensor, dim: int) -> Tensor:
+    """Sums of squares of rows (dim 1, as n x 1) or columns; on processors `vector_norm` over columns is slow."""
+    if dim == 1:
+        return torch.linalg.vector_norm(matrix, dim=1, keepdim=True).square_()
+    return matrix.square().sum(0, keepdim=True)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.constraints import OneOf, Range, check_arguments
+from headway.constraints import Constraint, OneOf, Range, check_arguments
 
 __all__ = ["POLAR_RANGES", "polar_factor"]
 
-POLAR_RANGES = {
+POLAR_RANGES: dict[str, Constraint] = {
     "method": OneOf("ns", "svd"),
     "steps": Range(low=1, integer=True),
     "beta": Range(low=1 / 3, high=2 / 3, low_open=True, high_open=True),

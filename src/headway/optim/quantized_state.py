@@ -45,7 +45,7 @@ def create(
     if bits == 8 and like.numel() >= min_size:
         zero = 127 if signed else 0
         state[name] = torch.full(like.shape, zero, dtype=torch.uint8, device=like.device)
-        state[f"{name}_absmax"] = torch.zeros(blocks(like.numel(), block_size), device=like.device)
+        state[f"{name}_absmax"] = torch.zeros(blocks(like.numel(), block_size), dtype=torch.float32, device=like.device)
     else:
         wide = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
         state[name] = torch.zeros_like(like, dtype=wide, memory_format=torch.preserve_format, requires_grad=False)
@@ -82,8 +82,7 @@ def write(
 ) -> None:
     """Put numbers back that `read` gave out and the step has changed in place.
 
-    Zero stays zero, and of an unsigned state nothing else becomes zero, as the map's nearest value would be for entries
-    below 1.6e-7 of their block's largest: with m kept and v rounded to zero, a step m / (sqrt(v) + eps) is m / eps.
+    Zero stays zero, and of an unsigned state nothing else becomes zero (`quantize_blockwise`).
 
     >>> state = {}
     >>> create(state, "exp_avg", torch.zeros(4096), bits=8)
@@ -92,10 +91,7 @@ def write(
     [0.5, 0.5]
     """
     if is_quantized(state, name):
-        codes, absmax = quantize_blockwise(value, signed, block_size)
-        if not signed:
-            codes.masked_fill_((codes == 0) & (value != 0), 1)
-        state[name], state[f"{name}_absmax"] = codes, absmax
+        state[name], state[f"{name}_absmax"] = quantize_blockwise(value, signed, block_size)
     else:
         state[name] = value
 

@@ -17,19 +17,19 @@ static uint32_t magnitude_bits(float x) {
     return bits & 0x7fffffff;
 }
 
-/* Take over a map, 256 values and 255 midpoints ascending, values[255] = 1. Returns 0 if the cells cannot express it. */
+/* Take over a map: 256 values and 255 midpoints ascending, values[255] = 1; an unsigned map has no z < 0 and may have a
+   midpoint at 0. Returns 0 if the cells cannot express it. */
 EXPORT int headway_set_map(int is_signed, const float *own_values, const float *midpoints) {
     code_map *map = &maps[is_signed];
     uint32_t *own_cells = cells[is_signed], smallest = magnitude_bits(1.0f);
     for (int i = 0; i < 255; i++)
-        if (magnitude_bits(midpoints[i]) < smallest) smallest = magnitude_bits(midpoints[i]);
+        if (midpoints[i] != 0 && magnitude_bits(midpoints[i]) < smallest) smallest = magnitude_bits(midpoints[i]);
     memcpy(values[is_signed], own_values, sizeof values[is_signed]);
     map->values = values[is_signed];
     map->cells = own_cells;
     map->shift = is_signed ? SIGNED_SHIFT : UNSIGNED_SHIFT;
     map->least = ((smallest >> map->shift) - 1) << map->shift; /* so the first cell holds no midpoint */
-    map->range = is_signed ? (uint32_t)CELLS / 2 << (map->shift + 1) : 0;
-    map->range -= is_signed;
+    map->range = is_signed ? ((uint32_t)CELLS << map->shift) - 1 : 0;
     const uint32_t shift = map->shift, mask = (1u << shift) - 1;
     if ((magnitude_bits(1.0f) - map->least) >> shift >= (is_signed ? CELLS / 2 : CELLS)) return 0;
     for (uint32_t index = 0; index < CELLS; index++) {
@@ -37,7 +37,7 @@ EXPORT int headway_set_map(int is_signed, const float *own_values, const float *
            own after more than `passed` steps of its last bit. */
         uint32_t base = 0, passed = mask, own = 0;
         for (int i = 0; i < 255; i++) {
-            const uint32_t w = magnitude_bits(midpoints[i]) - map->least, u = midpoints[i] < 0 ? ~w & map->range : w;
+            const uint32_t w = midpoints[i] != 0 ? magnitude_bits(midpoints[i]) - map->least : 0, u = midpoints[i] < 0 ? ~w & map->range : w;
             if (u >> shift == index) {
                 passed = u & mask;
                 own++;

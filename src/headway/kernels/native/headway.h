@@ -46,14 +46,14 @@ typedef struct {
 } adam_tensor;
 
 /* A map from 8-bit codes to numbers z in [-1, 1], and the way back: the code of z is the number of midpoints below it.
-   With u = the bits of |z| less `least` (at least 0), and its complement within `range` for negative z, a cell is all u with
-   the same bits above `shift`, and holds one midpoint at most. (cells[u >> shift] + u) >> shift is the code: u carries
+   With u = the bits of |z| less `least`, but at least 0 (1 for z > 0 and an unsigned map), and its complement within
+   `range` for negative z, a cell is all u with the same bits above `shift`, and holds one midpoint at most. (cells[u >> shift] + u) >> shift is the code: u carries
    into it exactly when z is past the cell's midpoint (blockwise.c). */
 typedef struct {
     const float *values; /* 256, ascending */
     const uint32_t *cells;
     uint32_t shift;
-    uint32_t least; /* magnitudes up to here are below the first midpoint */
+    uint32_t least; /* magnitudes up to here are below the first midpoint but 0 */
     uint32_t range; /* all ones; 0: an unsigned map, for which negative z are 0 */
 } code_map;
 

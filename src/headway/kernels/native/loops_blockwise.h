@@ -33,8 +33,9 @@ INLINE void reduce(const code_map *map, const float *restrict x, size_t count, f
     for (size_t i = 0; i < count; i++) {
         int32_t bits = (int32_t)bits_of(x[i] / divisor), sign = bits >> 31;
         if (is_signed) bits &= 0x7fffffff;
-        bits = (bits > least ? bits : least) - least;
-        u[i] = is_signed ? (uint32_t)(bits ^ sign) & range : (uint32_t)bits;
+        int32_t w = (bits > least ? bits : least) - least, positive = bits < 1 ? bits : 1;
+        if (!is_signed) w = w > positive ? w : positive; /* at least 1 for z > 0 */
+        u[i] = is_signed ? (uint32_t)(w ^ sign) & range : (uint32_t)w;
     }
 }
 
@@ -47,7 +48,7 @@ INLINE void find_codes(const uint32_t *restrict cells, uint32_t shift, const uin
     }
 }
 
-enum { TILE8 = 32 };
+enum { TILE8 = 16 };
 
 /* The codes of x / absmax. Vector and scalar work on neighbouring tiles alternate, so that the processor overlaps them. */
 INLINE void encode(const code_map *map, const float *x, size_t count, float absmax, uint8_t *codes, int is_signed) {
@@ -99,40 +100,57 @@ static void dequantize(const code_map *map, const uint8_t *codes, float absmax, 
     }
 }
 
+/* The step of `count` elements, from numbers in [-1, 1] and scales to moments. */
+INLINE void adam8_tile(const adam_rule *r, void *param, const void *grad, float *restrict exp_avgs, float *restrict exp_avg_sqs, float absmax1,
+                       float absmax2, float step_size, float root_scale, size_t count, int half, int extent) {
+    float *restrict params = param;
+    const float *restrict grads = grad;
+    uint16_t *restrict half_params = param;
+    const uint16_t *restrict half_grads = grad;
+#pragma omp simd
+    for (size_t i = 0; i < count; i++) {
+        float p = half ? from_bfloat16(half_params[i]) : params[i];
+        float g = half ? from_bfloat16(half_grads[i]) : grads[i];
+        float m = exp_avgs[i] * absmax1, v = exp_avg_sqs[i] * absmax2;
+        g = effective_gradient(r, p, g, v, extent);
+        p = adam_element(r, p, g, &m, &v, step_size, root_scale, 1.0f, 0, extent);
+        exp_avgs[i] = m;
+        exp_avg_sqs[i] = v;
+        if (half) half_params[i] = to_bfloat16(p);
+        else params[i] = p;
+    }
+}
+
 INLINE void adam8_range(const adam_rule *rule, const adam8_tensor *t, size_t start, size_t end, size_t block_size, int half,
                         int extent) {
     const adam_rule r = *rule;
+    const size_t width = half ? 2 : 4;
     const float step_size = t->step_size, root_scale = t->root_scale;
-    float exp_avgs[BLOCK_LIMIT], exp_avg_sqs[BLOCK_LIMIT];
+    const float *values1 = t->map1->values, *values2 = t->map2->values;
+    float m[BLOCK_LIMIT], v[BLOCK_LIMIT];
     for (size_t block = start / block_size; start < end; start += block_size, block++) {
         const size_t count = end - start < block_size ? end - start : block_size;
-        float *restrict params = (float *)t->param + start;
-        const float *restrict grads = (const float *)t->grad + start;
-        uint16_t *restrict half_params = (uint16_t *)t->param + start;
-        const uint16_t *restrict half_grads = (const uint16_t *)t->grad + start;
+        char *params = (char *)t->param + start * width;
+        const char *grads = (const char *)t->grad + start * width;
+        uint8_t *codes1 = t->codes1 + start, *codes2 = t->codes2 + start;
         const float absmax1 = t->absmax1[block], absmax2 = t->absmax2[block];
-        int32_t largest1 = 0, largest2 = 0;
-        look_up_codes(t->map1->values, t->codes1 + start, count, exp_avgs);
-        look_up_codes(t->map2->values, t->codes2 + start, count, exp_avg_sqs);
-#pragma omp simd reduction(max : largest1, largest2)
-        for (size_t i = 0; i < count; i++) {
-            float p = half ? from_bfloat16(half_params[i]) : params[i];
-            float g = half ? from_bfloat16(half_grads[i]) : grads[i];
-            float m = exp_avgs[i] * absmax1, v = exp_avg_sqs[i] * absmax2;
-            g = effective_gradient(&r, p, g, v, extent);
-            p = adam_element(&r, p, g, &m, &v, step_size, root_scale, 1.0f, 0, extent);
-            exp_avgs[i] = m;
-            exp_avg_sqs[i] = v;
-            int32_t magnitude1 = (int32_t)(bits_of(m) & 0x7fffffff), magnitude2 = (int32_t)(bits_of(v) & 0x7fffffff);
-            largest1 = magnitude1 > largest1 ? magnitude1 : largest1;
-            largest2 = magnitude2 > largest2 ? magnitude2 : largest2;
-            if (half) half_params[i] = to_bfloat16(p);
-            else params[i] = p;
+        size_t i = 0;
+        if (count >= 2 * TILE8) {
+            look_up_codes(values1, codes1, TILE8, m);
+            look_up_codes(values2, codes2, TILE8, v);
+            for (; i + 2 * TILE8 <= count; i += TILE8) {
+                look_up_codes(values1, codes1 + i + TILE8, TILE8, m + i + TILE8);
+                look_up_codes(values2, codes2 + i + TILE8, TILE8, v + i + TILE8);
+                adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size, root_scale, TILE8, half, extent);
+            }
         }
-        t->absmax1[block] = float_of((uint32_t)largest1);
-        t->absmax2[block] = float_of((uint32_t)largest2);
-        encode_any(t->map1, exp_avgs, count, t->absmax1[block], t->codes1 + start);
-        encode_any(t->map2, exp_avg_sqs, count, t->absmax2[block], t->codes2 + start);
+        look_up_codes(values1, codes1 + i, count - i, m + i);
+        look_up_codes(values2, codes2 + i, count - i, v + i);
+        adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size, root_scale, count - i, half, extent);
+        t->absmax1[block] = largest_magnitude(m, count);
+        t->absmax2[block] = largest_magnitude(v, count);
+        encode_any(t->map1, m, count, t->absmax1[block], codes1);
+        encode_any(t->map2, v, count, t->absmax2[block], codes2);
     }
 }
 
