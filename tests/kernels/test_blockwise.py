@@ -75,6 +75,23 @@ def test_zeros_are_exact_also_in_a_block_of_zeros():
     assert torch.equal(back == 0, x == 0)
 
 
+@pytest.mark.parametrize("quantize", [quantize_blockwise, quantize_blockwise_reference])
+def test_with_the_unsigned_map_zero_alone_gets_the_code_of_zero(quantize):
+    """The nearest value is 0 below 1.6e-7 of the largest."""
+    x = torch.tensor([1.0, 1e-7, 1.6e-7, 1e-12, 1e-37, 0.0])
+    codes, absmax = quantize(x, False)
+    assert codes.tolist() == [255, 1, 1, 1, 1, 0]
+    assert dequantize_blockwise(codes, absmax, False)[1:5].tolist() == [pytest.approx(3.25e-7)] * 4
+
+
+@pytest.mark.parametrize("quantize", [quantize_blockwise, quantize_blockwise_reference])
+def test_no_sign_is_lost_to_the_other_one(quantize):
+    x = normal(4096).pow(9)  # over many decades, so that the smallest become 0
+    back = dequantize_blockwise(*quantize(x))
+    assert (back == 0).any()
+    assert (back * x >= 0).all()
+
+
 @given(st.integers(0, 10**6), st.sampled_from([True, False]), st.integers(1, 700), st.sampled_from([1, 7, 256]))
 def test_the_error_is_at_most_half_the_widest_gap(seed, signed, count, block_size):
     x = normal(count, seed=seed) if signed else normal(count, seed=seed).abs()
@@ -119,6 +136,35 @@ def test_wrong_input_is_one_line():
         dequantize_blockwise(torch.ones(3, dtype=torch.uint8), torch.ones(2))
 
 
+def test_a_default_device_does_not_move_maps_codes_or_scales():
+    """Maps are cached at the first call: one made on another device would reach the native code as a bad address."""
+    x = normal(600)
+    expected = quantize_blockwise(x)
+    create_dynamic_map.cache_clear()
+    with torch.device("meta"):
+        codes, absmax = quantize_blockwise(x)
+        back = dequantize_blockwise(codes, absmax)
+        assert create_dynamic_map().device.type == "cpu"
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(absmax, expected[1])
+    assert torch.equal(back, dequantize_blockwise(*expected))
+
+
+@pytest.mark.parametrize("quantize", [quantize_blockwise, quantize_blockwise_reference])
+def test_scales_are_float32_whatever_the_default_dtype(quantize):
+    x = normal(600)
+    expected = quantize(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        codes, absmax = quantize(x)
+        back = dequantize_blockwise(codes, absmax)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (absmax.dtype, back.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(absmax, expected[1])
+
+
 def adam8_arguments(shapes, block_size, seed=0):
     params = [normal(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
     grads = [normal(*shape, seed=seed + 50 + i) for i, shape in enumerate(shapes)]
@@ -150,3 +196,14 @@ def test_the_8_bit_step_is_its_reference(block_size, options):
                 assert (a != b).float().mean() <= 1e-3, name
             else:
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("native", [None, False])
+def test_a_step_with_scales_of_other_blocks_is_refused_before_anything_changes(native):
+    lists = adam8_arguments([(4096,)], 256)
+    before = [[t.clone() for t in tensors] for tensors in lists]
+    rule = {"step_sizes": [0.1], "root_scales": [1.0], "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    with pytest.raises(ValueError, match="absmax must have 512 scales, got 16"):
+        adam8_(*lists, **rule, block_size=8, native=native)
+    for ours, theirs in zip(lists, before, strict=True):
+        assert torch.equal(ours[0], theirs[0])

@@ -63,6 +63,16 @@ def test_the_first_step_is_that_of_32_bits(cls):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("cls", FAMILY)
+def test_the_first_step_is_to_the_bit_that_of_32_bit_state(cls):
+    end = {}
+    for bits in (8, 32):
+        p = weight(80, 80)
+        train(p, cls([p], lr=0.01, weight_decay=0.1, state_bits=bits), 1)
+        end[bits] = p.detach()
+    assert torch.equal(end[8], end[32])
+
+
 @pytest.mark.parametrize("cls", list(TORCH))
 def test_small_tensors_follow_torch_in_32_bits(cls):
     ours, theirs = weight(4095), weight(4095)

@@ -40,7 +40,7 @@ def identity_low_rank(x):
         {"curvature": identity},
         {"curvature": identity_low_rank, "gamma0": 0.1},
     ],
-    ids=repr,
+    ids=lambda settings: ",".join(settings) or "defaults",
 )
 def test_keeps_the_contract(settings):
     check_optimizer(GNSNewton, **settings)

@@ -41,7 +41,7 @@ class ExactLeastSquares(SGD):
         {"lr": 0.3, "schedule": "sqrt", "inner_steps": 2},
         {"inner": gradient_steps},
     ],
-    ids=repr,
+    ids=lambda settings: ",".join(settings) or "defaults",
 )
 def test_keeps_the_contract(settings):
     check_optimizer(TargetSurrogate, **settings)

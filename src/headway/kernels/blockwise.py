@@ -30,7 +30,7 @@ __all__ = [
 
 # Elements of whole blocks that are in float32 at a time.
 _CHUNK = 2**20
-# Longest block of the native step: its moments stay in the processor's first-level cache (BLOCK_LIMIT in native/headway.h).
+# Longest block of the native step, BLOCK_LIMIT in native/headway.h: moments stay in the first-level cache.
 _NATIVE_BLOCK = 2**12
 
 
