@@ -61,6 +61,16 @@ def train(make: Callable[[nn.Module], Optimizer], seed: int, steps: int) -> list
     return [*losses, loss(X, y).item()]
 
 
+def sgd(lr: float, fraction: float | None = None) -> Callable[[nn.Module], Optimizer]:
+    """SGD with momentum, and with clipping if `fraction` is given."""
+
+    def make(model: nn.Module) -> Optimizer:
+        optimizer = SGD(model.parameters(), lr=lr, momentum=0.9)
+        return optimizer if fraction is None else CoordinateClip(optimizer, fraction)
+
+    return make
+
+
 def sharpness(fraction: float) -> float:
     """Along the gradient of the quadratic, clipped at `fraction`."""
     h = torch.ones(100, dtype=torch.float64)
@@ -76,24 +86,8 @@ def claim(seed: int = 0, steps: int = 600, runs: int = 3, fraction: float = 0.1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        plain = {
-            lr: [
-                train(lambda m, lr=lr: SGD(m.parameters(), lr=lr, momentum=0.9), seed + run, steps)
-                for run in range(runs)
-            ]
-            for lr in SGD_RATES
-        }
-        clipped = {
-            lr: [
-                train(
-                    lambda m, lr=lr: CoordinateClip(SGD(m.parameters(), lr=lr, momentum=0.9), fraction),
-                    seed + run,
-                    steps,
-                )
-                for run in range(runs)
-            ]
-            for lr in CLIPPED_RATES
-        }
+        plain = {lr: [train(sgd(lr), seed + run, steps) for run in range(runs)] for lr in SGD_RATES}
+        clipped = {lr: [train(sgd(lr, fraction), seed + run, steps) for run in range(runs)] for lr in CLIPPED_RATES}
     finally:
         torch.set_num_threads(threads)
     ratios, baselines = [], []

@@ -82,7 +82,7 @@ def clip_top_coordinates_(
         if error_if_nonfinite:
             raise
         return float("nan")
-    grads = [p.grad for p in ready]
+    grads = [g for p in ready if (g := p.grad) is not None]
     return min(_clip_(part, fraction, scale, process_group) for part in _parts([grads], scope))
 
 
@@ -167,7 +167,7 @@ class CoordinateClip(OptimizerWrapper):
     def wrapped_step(self) -> None:
         """Clip, and step."""
         ready = gradients("CoordinateClip", self.param_groups)
-        grads = [[p.grad for p in group] for group in ready]
+        grads = [[g for p in group if (g := p.grad) is not None] for group in ready]
         if self.target == "first_moment":
             self._require_adam()
             self._adam_step(ready, grads)
@@ -357,6 +357,6 @@ def compare_directions(
             reduction = 0.0 if along <= 0 else float("inf") if curvature <= 0 else along**2 / (2 * curvature)
             table[name] = {"sharpness": sharpness, "reduction": reduction, "cosine": along / (u_norm * g_norm)}
     finally:
-        for p, g in zip(params, kept, strict=True):
-            p.grad = g
+        for p, gradient in zip(params, kept, strict=True):
+            p.grad = gradient
     return table

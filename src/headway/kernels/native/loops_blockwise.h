@@ -48,25 +48,25 @@ INLINE void find_codes(const uint32_t *restrict cells, uint32_t shift, const uin
     }
 }
 
-enum { TILE8 = 16 };
+enum { CODE_TILE = 16, ADAM_TILE = 8 };
 
 /* The codes of x / absmax. Vector and scalar work on neighbouring tiles alternate, so that the processor overlaps them. */
 INLINE void encode(const code_map *map, const float *x, size_t count, float absmax, uint8_t *codes, int is_signed) {
     const float divisor = absmax == 0.0f ? 1.0f : absmax;
     const uint32_t shift = is_signed ? 17 : 16, *cells = map->cells;
-    uint32_t u[2][TILE8];
+    uint32_t u[2][CODE_TILE];
     size_t i = 0;
-    if (count >= 2 * TILE8) {
-        reduce(map, x, TILE8, divisor, u[0], is_signed);
-        for (; i + 3 * TILE8 <= count; i += 2 * TILE8) {
-            reduce(map, x + i + TILE8, TILE8, divisor, u[1], is_signed);
-            find_codes(cells, shift, u[0], TILE8, codes + i);
-            reduce(map, x + i + 2 * TILE8, TILE8, divisor, u[0], is_signed);
-            find_codes(cells, shift, u[1], TILE8, codes + i + TILE8);
+    if (count >= 2 * CODE_TILE) {
+        reduce(map, x, CODE_TILE, divisor, u[0], is_signed);
+        for (; i + 3 * CODE_TILE <= count; i += 2 * CODE_TILE) {
+            reduce(map, x + i + CODE_TILE, CODE_TILE, divisor, u[1], is_signed);
+            find_codes(cells, shift, u[0], CODE_TILE, codes + i);
+            reduce(map, x + i + 2 * CODE_TILE, CODE_TILE, divisor, u[0], is_signed);
+            find_codes(cells, shift, u[1], CODE_TILE, codes + i + CODE_TILE);
         }
     }
-    for (; i < count; i += TILE8) {
-        const size_t length = count - i < TILE8 ? count - i : TILE8;
+    for (; i < count; i += CODE_TILE) {
+        const size_t length = count - i < CODE_TILE ? count - i : CODE_TILE;
         reduce(map, x + i, length, divisor, u[0], is_signed);
         find_codes(cells, shift, u[0], length, codes + i);
     }
@@ -135,13 +135,13 @@ INLINE void adam8_range(const adam_rule *rule, const adam8_tensor *t, size_t sta
         uint8_t *codes1 = t->codes1 + start, *codes2 = t->codes2 + start;
         const float absmax1 = t->absmax1[block], absmax2 = t->absmax2[block];
         size_t i = 0;
-        if (count >= 2 * TILE8) {
-            look_up_codes(values1, codes1, TILE8, m);
-            look_up_codes(values2, codes2, TILE8, v);
-            for (; i + 2 * TILE8 <= count; i += TILE8) {
-                look_up_codes(values1, codes1 + i + TILE8, TILE8, m + i + TILE8);
-                look_up_codes(values2, codes2 + i + TILE8, TILE8, v + i + TILE8);
-                adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size, root_scale, TILE8, half, extent);
+        if (count >= 2 * ADAM_TILE) {
+            look_up_codes(values1, codes1, ADAM_TILE, m);
+            look_up_codes(values2, codes2, ADAM_TILE, v);
+            for (; i + 2 * ADAM_TILE <= count; i += ADAM_TILE) {
+                look_up_codes(values1, codes1 + i + ADAM_TILE, ADAM_TILE, m + i + ADAM_TILE);
+                look_up_codes(values2, codes2 + i + ADAM_TILE, ADAM_TILE, v + i + ADAM_TILE);
+                adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size, root_scale, ADAM_TILE, half, extent);
             }
         }
         look_up_codes(values1, codes1 + i, count - i, m + i);
