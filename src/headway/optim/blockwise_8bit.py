@@ -198,7 +198,7 @@ class Adam8bit(_Optimizer8bit):
 
     Source: Dettmers, Lewis, Shleifer, Zettlemoyer, arXiv 2110.02861, and bitsandbytes (at 95f9af3). Departures: codes
     are exact nearest values, where bitsandbytes' CPU library rounds by a table that turns 0 into 2e-5 of the scale, so
-    no sign is ever lost; a v that is not 0 never becomes 0, which the nearest value would be 6.8 decades below the
+    no sign ever flips; a v that is not 0 never becomes 0, which the nearest value would be 6.8 decades below the
     block's largest: entries whose gradients are a thousandth of their neighbours' would then jump by m over almost
     nothing; a gradient that is not finite raises, where its CUDA kernel skips the entry.
 

@@ -21,13 +21,8 @@ static void work(void *pointer, size_t chunk) {
     const job *j = pointer;
     size_t start, end, t = chunking_find(&j->chunks, chunk, &start, &end);
     adam_tensor tensor = {
-        j->params[t],
-        j->grads[t],
-        j->exp_avgs[t],
-        j->exp_avg_sqs[t],
-        j->previous ? j->previous[t] : NULL,
-        j->step_sizes[t],
-        j->root_scales[t],
+        j->params[t],     j->grads[t],       j->exp_avgs[t], j->exp_avg_sqs[t], j->previous ? j->previous[t] : NULL,
+        j->step_sizes[t], j->root_scales[t],
     };
     loops()->adam(&j->rule, &tensor, j->half, start, end);
 }
@@ -52,10 +47,9 @@ adam_rule make_rule(double beta1, double beta2, double eps, double decay_before,
 
 /* `previous` may be NULL; clip < 0: none. Returns 0 if memory ran out (nothing is changed then). */
 EXPORT int headway_adam(size_t tensors, const size_t *sizes, int half, void *const *params, void *const *grads,
-                        void *const *exp_avgs, void *const *exp_avg_sqs, void *const *previous,
-                        const float *step_sizes, const float *root_scales, double beta1, double beta2, double eps,
-                        double decay_before, double decay_after, double l2, double spike, double clip, int maximize,
-                        int threads) {
+                        void *const *exp_avgs, void *const *exp_avg_sqs, void *const *previous, const float *step_sizes,
+                        const float *root_scales, double beta1, double beta2, double eps, double decay_before,
+                        double decay_after, double l2, double spike, double clip, int maximize, int threads) {
     job j = {
         .rule = make_rule(beta1, beta2, eps, decay_before, decay_after, l2, spike, clip, maximize),
         .half = half,

@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { SIGNED_SHIFT = 17, UNSIGNED_SHIFT = 16, CELLS = 1 << 12 };
+enum { CELLS = 1 << 12 };
 
 static float values[2][256];
 static uint32_t cells[2][CELLS];
@@ -21,23 +21,23 @@ static uint32_t magnitude_bits(float x) {
    midpoint at 0. Returns 0 if the cells cannot express it. */
 EXPORT int headway_set_map(int is_signed, const float *own_values, const float *midpoints) {
     code_map *map = &maps[is_signed];
+    const uint32_t shift = is_signed ? SIGNED_SHIFT : UNSIGNED_SHIFT, mask = (1u << shift) - 1;
     uint32_t *own_cells = cells[is_signed], smallest = magnitude_bits(1.0f);
     for (int i = 0; i < 255; i++)
         if (midpoints[i] != 0 && magnitude_bits(midpoints[i]) < smallest) smallest = magnitude_bits(midpoints[i]);
     memcpy(values[is_signed], own_values, sizeof values[is_signed]);
     map->values = values[is_signed];
     map->cells = own_cells;
-    map->shift = is_signed ? SIGNED_SHIFT : UNSIGNED_SHIFT;
-    map->least = ((smallest >> map->shift) - 1) << map->shift; /* so the first cell holds no midpoint */
-    map->range = is_signed ? ((uint32_t)CELLS << map->shift) - 1 : 0;
-    const uint32_t shift = map->shift, mask = (1u << shift) - 1;
+    map->least = ((smallest >> shift) - 1) << shift; /* so the first cell holds no midpoint */
+    map->range = is_signed ? ((uint32_t)CELLS << shift) - 1 : 0;
     if ((magnitude_bits(1.0f) - map->least) >> shift >= (is_signed ? CELLS / 2 : CELLS)) return 0;
     for (uint32_t index = 0; index < CELLS; index++) {
         /* Going up in z, which within a cell is up in u: `base` midpoints are below the cell, and z is past the cell's
            own after more than `passed` steps of its last bit. */
         uint32_t base = 0, passed = mask, own = 0;
         for (int i = 0; i < 255; i++) {
-            const uint32_t w = midpoints[i] != 0 ? magnitude_bits(midpoints[i]) - map->least : 0, u = midpoints[i] < 0 ? ~w & map->range : w;
+            const uint32_t w = midpoints[i] != 0 ? magnitude_bits(midpoints[i]) - map->least : 0,
+                           u = midpoints[i] < 0 ? ~w & map->range : w;
             if (u >> shift == index) {
                 passed = u & mask;
                 own++;
@@ -90,7 +90,8 @@ static size_t length_of(size_t block_size) { return block_size < CHUNK ? CHUNK /
 /* Numbers to codes and scales, or back. Returns 0 if memory ran out. */
 EXPORT int headway_code(int backward, int is_signed, size_t count, size_t block_size, float *numbers, uint8_t *codes,
                         float *absmax, int threads) {
-    codes_job j = {.map = &maps[is_signed], .block_size = block_size, .numbers = numbers, .codes = codes, .absmax = absmax};
+    codes_job j = {
+        .map = &maps[is_signed], .block_size = block_size, .numbers = numbers, .codes = codes, .absmax = absmax};
     if (!chunking_make(&j.chunks, length_of(block_size), 1, &count)) return 0;
     parallel_for(chunking_count(&j.chunks), threads, backward ? decode : encode, &j);
     chunking_free(&j.chunks);

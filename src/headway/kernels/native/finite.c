@@ -18,11 +18,12 @@ static void work(void *pointer, size_t chunk) {
     if (t >= first) return;
     int bad = j->half[t] ? loops()->nonfinite_bfloat16((const uint16_t *)j->tensors[t] + start, end - start)
                          : loops()->nonfinite_float((const uint32_t *)j->tensors[t] + start, end - start);
-    while (bad && t < first && !atomic_compare_exchange_weak(&j->first, &first, t)) {}
+    while (bad && t < first && !atomic_compare_exchange_weak(&j->first, &first, t)) {
+    }
 }
 
-/* `half[t]`: tensor t is bfloat16, not float. Sets `first` to the index, or to `tensors` if all are finite. Returns 0 if memory
-   ran out. */
+/* `half[t]`: tensor t is bfloat16, not float. Sets `first` to the index, or to `tensors` if all are finite. Returns 0
+   if memory ran out. */
 EXPORT int headway_first_nonfinite(size_t tensors, const size_t *sizes, const int *half, void *const *pointers,
                                    size_t *first, int threads) {
     job j = {.tensors = pointers, .half = half, .first = tensors};

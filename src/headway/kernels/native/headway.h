@@ -17,17 +17,17 @@
 #define CHUNK ((size_t)1 << 15)
 
 typedef struct {
-    float lerp1;        /* 1 - beta1 */
-    float keep1;        /* 1 - lerp1 */
+    float lerp1; /* 1 - beta1 */
+    float keep1; /* 1 - lerp1 */
     float beta2;
-    float weight2;      /* 1 - beta2 */
+    float weight2; /* 1 - beta2 */
     float eps;
     float decay_before;
     float decay_after;
     float l2;
     float spike;
-    float clip;         /* infinity: none */
-    float sign;         /* -1 to maximize */
+    float clip; /* infinity: none */
+    float sign; /* -1 to maximize */
 } adam_rule;
 
 /* clip < 0: none */
@@ -47,12 +47,13 @@ typedef struct {
 
 /* A map from 8-bit codes to numbers z in [-1, 1], and the way back: the code of z is the number of midpoints below it.
    With u = the bits of |z| less `least`, but at least 0 (1 for z > 0 and an unsigned map), and its complement within
-   `range` for negative z, a cell is all u with the same bits above `shift`, and holds one midpoint at most. (cells[u >> shift] + u) >> shift is the code: u carries
-   into it exactly when z is past the cell's midpoint (blockwise.c). */
+   `range` for negative z, a cell is all u with the same bits above a shift, and holds one midpoint at most. The code is
+   (cells[u >> shift] + u) >> shift: u carries into it exactly when z is past the cell's midpoint (blockwise.c). */
+enum { SIGNED_SHIFT = 17, UNSIGNED_SHIFT = 16 };
+
 typedef struct {
     const float *values; /* 256, ascending */
     const uint32_t *cells;
-    uint32_t shift;
     uint32_t least; /* magnitudes up to here are below the first midpoint but 0 */
     uint32_t range; /* all ones; 0: an unsigned map, for which negative z are 0 */
 } code_map;
@@ -111,7 +112,7 @@ typedef struct {
     size_t length;
     size_t tensors;
     const size_t *sizes;
-    size_t *first;      /* first[t] is the number of tensor t's first chunk; one entry more than tensors */
+    size_t *first; /* first[t] is the number of tensor t's first chunk; one entry more than tensors */
 } chunking;
 
 int chunking_make(chunking *, size_t length, size_t tensors, const size_t *sizes);

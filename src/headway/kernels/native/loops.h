@@ -43,7 +43,8 @@ INLINE float exp_negative(float x) {
     float shifted = t + shift;
     float f = t - (shifted - shift);
     float f2 = f * f; /* Estrin's order: the chain of dependent operations is what the processor waits for */
-    float power = (1.0f + 0.69314700f * f) + f2 * ((0.24022242f + 0.055507336f * f) + f2 * (0.0096715130f + 0.0013264720f * f));
+    float power =
+        (1.0f + 0.69314700f * f) + f2 * ((0.24022242f + 0.055507336f * f) + f2 * (0.0096715130f + 0.0013264720f * f));
     return power * float_of((bits_of(shifted) << 23) + 0x3f800000);
 }
 
@@ -90,8 +91,8 @@ INLINE float adam_element(const adam_rule *r, float p, float g, float *m, float 
     return extent == BARE ? p : p * r->decay_after;
 }
 
-INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t start, size_t end, int half, int friction,
-                       int extent) {
+INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t start, size_t end, int half,
+                       int friction, int extent) {
     const adam_rule r = *rule;
     const float step_size = tensor->step_size, root_scale = tensor->root_scale;
     float inverse_xi[BLOCK];
@@ -120,7 +121,8 @@ INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t 
             float g = half ? from_bfloat16(half_grads[i]) : grads[i];
             float m = exp_avgs[i], v = exp_avg_sqs[i];
             g = effective_gradient(&r, p, g, v, extent);
-            p = adam_element(&r, p, g, &m, &v, step_size, root_scale, friction ? inverse_xi[i] : 1.0f, friction, extent);
+            p = adam_element(&r, p, g, &m, &v, step_size, root_scale, friction ? inverse_xi[i] : 1.0f, friction,
+                             extent);
             exp_avgs[i] = m;
             exp_avg_sqs[i] = v;
             if (half) half_params[i] = to_bfloat16(p);
@@ -131,10 +133,8 @@ INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t 
 
 static void adam(const adam_rule *rule, const adam_tensor *tensor, int half, size_t start, size_t end) {
     const int extent = extent_of(rule);
-#define CASE(HALF, FRICTION, EXTENT)                                            \
-    case HALF * 6 + FRICTION * 3 + EXTENT:                                      \
-        adam_range(rule, tensor, start, end, HALF, FRICTION, EXTENT);           \
-        break;
+#define CASE(HALF, FRICTION, EXTENT)                                                                                   \
+    case HALF * 6 + FRICTION * 3 + EXTENT: adam_range(rule, tensor, start, end, HALF, FRICTION, EXTENT); break;
 #define CASES(HALF, FRICTION) CASE(HALF, FRICTION, BARE) CASE(HALF, FRICTION, OPTIONS) CASE(HALF, FRICTION, SPIKE)
     switch (half * 6 + (tensor->previous != NULL) * 3 + extent) {
         CASES(0, 0)
@@ -187,9 +187,10 @@ static int nonfinite_bfloat16(const uint16_t *bits, size_t count) {
 
 enum { STRIP = 16 };
 
-/* `bracket` on a strip; returns how many are above. Appending, one by one, is for the few strips that hold something to append: a vector comparison
-   finds them. */
-INLINE size_t bracket_strip(const uint32_t *restrict x, size_t count, uint32_t low, uint32_t high, uint32_t *restrict inside, size_t *found) {
+/* `bracket` on a strip; returns how many are above. Appending, one by one, is for the few strips that hold something to
+   append: a vector comparison finds them. */
+INLINE size_t bracket_strip(const uint32_t *restrict x, size_t count, uint32_t low, uint32_t high,
+                            uint32_t *restrict inside, size_t *found) {
     const int32_t lowest = (int32_t)low, highest = (int32_t)high;
     int32_t above = 0, hits = 0;
     size_t kept = *found;
@@ -210,7 +211,8 @@ INLINE size_t bracket_strip(const uint32_t *restrict x, size_t count, uint32_t l
     return (size_t)above;
 }
 
-static size_t bracket(const uint32_t *bits, size_t count, uint32_t low, uint32_t high, uint32_t *inside, size_t *found) {
+static size_t bracket(const uint32_t *bits, size_t count, uint32_t low, uint32_t high, uint32_t *inside,
+                      size_t *found) {
     const size_t stream = count / STREAMS / STRIP * STRIP;
     size_t above = 0, kept = 0;
     for (size_t i = 0; i < stream; i += STRIP)
@@ -234,8 +236,8 @@ static void clamp(float *x, size_t count, float bound) {
     for (size_t i = STREAMS * stream; i < count; i++) x[i] = clamped(x[i], bound);
 }
 
-/* Sums run in LANES lanes on every instruction set: four products, one from each row of a tile of 4 x LANES elements, are
-   added in float and then to the lane's double. So a sum is right to 2e-7 of the sum of magnitudes. */
+/* Sums run in LANES lanes on every instruction set: four products, one from each row of a tile of 4 x LANES elements,
+   are added in float and then to the lane's double. So a sum is right to 2e-7 of the sum of magnitudes. */
 enum { LANES = 8, TILE = 4 * LANES, FLOATS = 2 * WIDTH < LANES ? 2 * WIDTH : LANES };
 typedef float float_register __attribute__((vector_size(4 * FLOATS)));
 typedef float float_part __attribute__((vector_size(4 * WIDTH)));
@@ -331,6 +333,6 @@ static void project_double(float *restrict g, const float *restrict w, size_t co
 #include "loops_blockwise.h"
 
 const loop_table TABLE = {
-    adam,    nonfinite_float, nonfinite_bfloat16, bracket,  clamp,      dots,  dots_double, residual,
-    project, project_double,  quantize,           dequantize, adam8,
+    adam,     nonfinite_float, nonfinite_bfloat16, bracket,  clamp,      dots,  dots_double,
+    residual, project,         project_double,     quantize, dequantize, adam8,
 };

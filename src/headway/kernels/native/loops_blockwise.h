@@ -1,12 +1,13 @@
 /* Block-wise 8-bit quantisation and the Adam step on 8-bit moments; part of loops.h.
 
-   Tables are read by ordinary loads, between vector loops: gather instructions are no faster on most processors, and many
-   times slower on those whose microcode had to make them safe. */
+   Tables are read by ordinary loads, between vector loops: gather instructions are no faster on most processors, and
+   many times slower on those whose microcode had to make them safe. */
 
 /* Hides how `index` came about, so that the compiler does not turn a loop of table look-ups into gathers. */
 #define OPAQUE(index) __asm__("" : "+r"(index))
 
-INLINE void look_up_codes(const float *restrict values, const uint8_t *restrict codes, size_t count, float *restrict x) {
+INLINE void look_up_codes(const float *restrict values, const uint8_t *restrict codes, size_t count,
+                          float *restrict x) {
 #pragma GCC unroll 8
     for (size_t i = 0; i < count; i++) {
         size_t code = codes[i];
@@ -25,8 +26,9 @@ INLINE float largest_magnitude(const float *x, size_t count) {
     return float_of((uint32_t)largest);
 }
 
-/* The u of x / absmax, for a finite absmax. */
-INLINE void reduce(const code_map *map, const float *restrict x, size_t count, float divisor, uint32_t *restrict u, int is_signed) {
+/* The u of x / divisor. */
+INLINE void reduce(const code_map *map, const float *restrict x, size_t count, float divisor, uint32_t *restrict u,
+                   int is_signed) {
     const uint32_t range = map->range;
     const int32_t least = (int32_t)map->least;
 #pragma omp simd
@@ -39,7 +41,8 @@ INLINE void reduce(const code_map *map, const float *restrict x, size_t count, f
     }
 }
 
-INLINE void find_codes(const uint32_t *restrict cells, uint32_t shift, const uint32_t *restrict u, size_t count, uint8_t *restrict codes) {
+INLINE void find_codes(const uint32_t *restrict cells, uint32_t shift, const uint32_t *restrict u, size_t count,
+                       uint8_t *restrict codes) {
 #pragma GCC unroll 32
     for (size_t i = 0; i < count; i++) {
         size_t index = u[i] >> shift;
@@ -50,10 +53,10 @@ INLINE void find_codes(const uint32_t *restrict cells, uint32_t shift, const uin
 
 enum { CODE_TILE = 16, ADAM_TILE = 8 };
 
-/* The codes of x / absmax. Vector and scalar work on neighbouring tiles alternate, so that the processor overlaps them. */
+/* The codes of x / absmax. Vector and scalar work on neighbouring tiles alternate: the processor overlaps them. */
 INLINE void encode(const code_map *map, const float *x, size_t count, float absmax, uint8_t *codes, int is_signed) {
     const float divisor = absmax == 0.0f ? 1.0f : absmax;
-    const uint32_t shift = is_signed ? 17 : 16, *cells = map->cells;
+    const uint32_t shift = is_signed ? SIGNED_SHIFT : UNSIGNED_SHIFT, *cells = map->cells;
     uint32_t u[2][CODE_TILE];
     size_t i = 0;
     if (count >= 2 * CODE_TILE) {
@@ -100,9 +103,10 @@ static void dequantize(const code_map *map, const uint8_t *codes, float absmax, 
     }
 }
 
-/* The step of `count` elements, from numbers in [-1, 1] and scales to moments. */
-INLINE void adam8_tile(const adam_rule *r, void *param, const void *grad, float *restrict exp_avgs, float *restrict exp_avg_sqs, float absmax1,
-                       float absmax2, float step_size, float root_scale, size_t count, int half, int extent) {
+/* The step of `count` elements, whose moments come as map values and scales, and leave as numbers. */
+INLINE void adam8_tile(const adam_rule *r, void *param, const void *grad, float *restrict exp_avgs,
+                       float *restrict exp_avg_sqs, float absmax1, float absmax2, float step_size, float root_scale,
+                       size_t count, int half, int extent) {
     float *restrict params = param;
     const float *restrict grads = grad;
     uint16_t *restrict half_params = param;
@@ -121,8 +125,8 @@ INLINE void adam8_tile(const adam_rule *r, void *param, const void *grad, float 
     }
 }
 
-INLINE void adam8_range(const adam_rule *rule, const adam8_tensor *t, size_t start, size_t end, size_t block_size, int half,
-                        int extent) {
+INLINE void adam8_range(const adam_rule *rule, const adam8_tensor *t, size_t start, size_t end, size_t block_size,
+                        int half, int extent) {
     const adam_rule r = *rule;
     const size_t width = half ? 2 : 4;
     const float step_size = t->step_size, root_scale = t->root_scale;
@@ -141,12 +145,14 @@ INLINE void adam8_range(const adam_rule *rule, const adam8_tensor *t, size_t sta
             for (; i + 2 * ADAM_TILE <= count; i += ADAM_TILE) {
                 look_up_codes(values1, codes1 + i + ADAM_TILE, ADAM_TILE, m + i + ADAM_TILE);
                 look_up_codes(values2, codes2 + i + ADAM_TILE, ADAM_TILE, v + i + ADAM_TILE);
-                adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size, root_scale, ADAM_TILE, half, extent);
+                adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size,
+                           root_scale, ADAM_TILE, half, extent);
             }
         }
         look_up_codes(values1, codes1 + i, count - i, m + i);
         look_up_codes(values2, codes2 + i, count - i, v + i);
-        adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size, root_scale, count - i, half, extent);
+        adam8_tile(&r, params + i * width, grads + i * width, m + i, v + i, absmax1, absmax2, step_size, root_scale,
+                   count - i, half, extent);
         t->absmax1[block] = largest_magnitude(m, count);
         t->absmax2[block] = largest_magnitude(v, count);
         encode_any(t->map1, m, count, t->absmax1[block], codes1);
@@ -154,7 +160,8 @@ INLINE void adam8_range(const adam_rule *rule, const adam8_tensor *t, size_t sta
     }
 }
 
-static void adam8(const adam_rule *rule, const adam8_tensor *tensor, int half, size_t start, size_t end, size_t block_size) {
+static void adam8(const adam_rule *rule, const adam8_tensor *tensor, int half, size_t start, size_t end,
+                  size_t block_size) {
     const int bare = extent_of(rule) == BARE;
     if (half && bare) adam8_range(rule, tensor, start, end, block_size, 1, BARE);
     else if (half) adam8_range(rule, tensor, start, end, block_size, 1, OPTIONS);

@@ -12,8 +12,8 @@
 /* |g_perp| below this fraction of |g| is rounding noise. */
 #define PARALLEL 1e-6
 
-/* What float arithmetic leaves along w, at most 6e-7 |g|, and its error of |g_perp| matter more the smaller |g_perp|: below this
-   fraction of |g|^2 for |g_perp|^2, two more passes and the projection are in double. */
+/* What float arithmetic leaves along w, at most 6e-7 |g|, and its error of |g_perp| matter more the smaller |g_perp|:
+   below this fraction of |g|^2 for |g_perp|^2, two more passes and the projection are in double. */
 #define CLOSE 0.1
 #define TINY 1e-20
 
@@ -28,7 +28,7 @@ typedef struct {
     size_t first_chunk; /* of the group */
     void *const *grads;
     void *const *weights;
-    double (*sums)[3]; /* of a chunk */
+    double (*sums)[3];   /* of a chunk */
     decision *decisions; /* of a tensor */
 } job;
 
@@ -42,7 +42,8 @@ typedef struct {
 
 static piece find(const job *j, size_t i) {
     size_t start, end, chunk = j->first_chunk + i, t = chunking_find(&j->chunks, chunk, &start, &end);
-    return (piece){chunk, (float *)j->grads[t] + start, (const float *)j->weights[t] + start, end - start, j->decisions + t};
+    return (piece){chunk, (float *)j->grads[t] + start, (const float *)j->weights[t] + start, end - start,
+                   j->decisions + t};
 }
 
 static void sum(void *pointer, size_t i) {

@@ -157,7 +157,8 @@ EXPORT int headway_kth_largest(size_t tensors, const size_t *sizes, void *const 
                 key = select_by_histograms(j, threads);
             } else {
                 j->within.k = k - above;
-                key = inside <= j->capacity ? select_key(j->collected, inside, j->within) : select_by_histograms(j, threads);
+                key = inside <= j->capacity ? select_key(j->collected, inside, j->within)
+                                            : select_by_histograms(j, threads);
             }
         }
         memcpy(magnitude, &key, sizeof key);
