@@ -21,6 +21,7 @@ from torch.optim import AdamW
 
 from headway.kernels import library
 from headway.kernels.adam import adam_, adam_reference_
+from headway.kernels.blockwise import adam8_, adam8_reference_, blocks
 from headway.kernels.finite import first_nonfinite, first_nonfinite_reference
 from headway.kernels.project import project_orthogonal_, project_orthogonal_reference_
 from headway.kernels.select import (
@@ -62,8 +63,14 @@ def subjects() -> dict[str, Callable[[], object]]:
     rule = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay_before": 1 - 1e-5, **scales}
     count = sum(g.numel() for g in grads)
 
+    codes = [[torch.full((p.numel(),), zero, dtype=torch.uint8) for p in own] for zero in (127, 0)]
+    absmax = [[torch.zeros(blocks(p.numel(), 256)) for p in own] for _ in range(2)]
+
     def adam(function: Callable, **options: object) -> Callable[[], object]:
         return torch.no_grad()(lambda: function(own, grads, *moments, **rule, **options))
+
+    def adam8(function: Callable) -> Callable[[], object]:
+        return torch.no_grad()(lambda: function(own, grads, codes[0], absmax[0], codes[1], absmax[1], **rule))
 
     return {
         "AdamW fused": AdamW(fused, fused=True).step,
@@ -74,6 +81,8 @@ def subjects() -> dict[str, Callable[[], object]]:
         "adam_, friction reference": adam(adam_reference_, previous_grads=previous),
         "adam_, spike and clip": adam(adam_, spike=50.0, clip=1.0),
         "adam_, spike and clip reference": adam(adam_reference_, spike=50.0, clip=1.0),
+        "adam8_": adam8(adam8_),
+        "adam8_ reference": adam8(adam8_reference_),
         "first_nonfinite": lambda: first_nonfinite(grads),
         "first_nonfinite reference": lambda: first_nonfinite_reference(grads),
         "kth_largest_magnitude, 1 %": lambda: kth_largest_magnitude(grads, count // 100),

@@ -52,6 +52,17 @@ def test_missing_rank_gives_the_partial_isometry(method):
     assert torch.equal(polar_factor(torch.zeros(2, 3), method), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("n", [8, 11, 13, 20])  # on both sides of 3/2 k, where the iteration changes its form
+@pytest.mark.parametrize("beta", [0.5, 0.4])
+def test_few_steps_are_the_scalar_iteration_on_singular_values(n, beta):
+    A, _ = matrix(8, n)
+    U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = beta * (3 - s**2) * s
+    torch.testing.assert_close(polar_factor(A, steps=5, beta=beta), (U * s) @ Vh, rtol=0, atol=1e-12)
+
+
 def test_a_batch_is_its_matrices():
     A = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for method in ("svd", "ns"):

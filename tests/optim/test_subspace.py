@@ -15,6 +15,7 @@ from headway.optim.subspace import (
     reproject_units,
     restore,
     seeded_generator,
+    svd_basis,
 )
 
 SHAPES = [(12, 8), (8, 12), (9, 9)]
@@ -201,3 +202,11 @@ def test_basis_merge_adds_and_coordinates_overwrite():
     ones = torch.ones(2, 2)
     assert Basis("left", torch.tensor([[1.0], [0.0]])).merge_(ones.clone(), ones[:1]).tolist() == [[2, 2], [1, 1]]
     assert Coordinates(0, torch.tensor([0])).merge_(ones.clone(), 5 * ones[:1]).tolist() == [[5, 5], [1, 1]]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_basis_is_in_the_order_in_which_a_checkpoint_gives_it_back(side, shape):
+    basis = svd_basis(matrix(shape), 3, side).tensor
+    assert basis.is_contiguous()
+    assert basis.untyped_storage().nbytes() == 4 * basis.numel()

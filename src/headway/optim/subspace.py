@@ -224,10 +224,10 @@ def svd_basis(matrix: Tensor, rank: int, side: str) -> Basis:
         return Basis(side, matrix.new_zeros((0, columns) if side == "right" else (rows, 0)))
     wide = matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
     U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
-    # a slice would keep the whole factor in memory
-    return Basis(
-        side, Vh[:rank].clone() if side == "right" else U[:, :rank].clone(memory_format=torch.contiguous_format)
-    )
+    basis = Vh[:rank] if side == "right" else U[:, :rank]
+    # A slice would keep the whole factor in memory. LAPACK's column order would not survive a checkpoint, and products
+    # round differently in another order: a resumed run would not be the same to the bit.
+    return Basis(side, basis.clone(memory_format=torch.contiguous_format))
 
 
 def restore(projection: str, tensor: Tensor, shape: torch.Size) -> Subspace:

@@ -47,8 +47,9 @@ class SWAN(Optimizer):
     There is no momentum: very noisy gradients of tiny batches need a warm-up. A fused attention weight is whitened as
     one matrix; split it for the paper's per-matrix step.
 
-    Cost of a step: `ns_steps` x 3 products of k x k matrices per weight, k the smaller side, and two with the
-    weight. State: none for whitened weights; AdamW's two numbers (fp32 for 16-bit parameters) per entry of the others.
+    Cost of a step: `ns_steps` x 6 k^3 operations per weight, k the smaller side and n the larger, or `ns_steps` x
+    4 k^2 n where that is less. State: none for whitened weights; AdamW's two numbers (fp32 for 16-bit parameters) per
+    entry of the others.
 
     Args:
         params: parameters or parameter groups; every argument below may differ by group.

@@ -164,7 +164,7 @@ class Trainer:
 
         if math.isfinite(loss_value) and math.isfinite(grad_norm):
             self.optimizer.step()
-            if hasattr(self.optimizer, "observe"):  # a method that decides by the loss, as MKOR-H
+            if getattr(self.optimizer, "hybrid", None) is not None:  # decides by the loss, as MKOR-H does
                 self.optimizer.observe(loss_value)
         else:
             self._nonfinite(loss_value, grad_norm)

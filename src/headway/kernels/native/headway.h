@@ -3,7 +3,8 @@
    The inner loops (loops.h) are compiled once per instruction set and reached through a table of pointers; everything
    else (parallel.c and a file per kernel) is compiled once. No fused multiply-add is formed anywhere
    (-ffp-contract=off) and every sum has a fixed order, so all instruction sets and all numbers of threads give the
-   same bits. */
+   same bits. The loops are compiled without MMX, to which GCC moves 8-byte vectors now and then without the EMMS that
+   gives the x87 registers back: the C library's fmod, among others, then returned NaN. */
 
 #ifndef HEADWAY_H
 #define HEADWAY_H
