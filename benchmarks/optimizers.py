@@ -95,7 +95,7 @@ def text(seed: int) -> Problem:
             ]
         return statistics.mean(parts)
 
-    return Problem(model, outputs, final, steps=150)
+    return Problem(model, outputs, final, steps=100)
 
 
 def digits(seed: int) -> Problem:

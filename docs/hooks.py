@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.catalogue import ROLES, Method, baselines, methods
+from headway.config.methods import not_trained
 from headway.config.schema import SECTIONS, MethodSection
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ def method_page(row: Method) -> str:
         "- Needs " + (f'`pip install "headway[{row.extra}]"`' if row.extra else "nothing beyond the core install"),
         "## Use",
         f"```python\nfrom {row.module} import {name}\n\n{_construction(row)}\n```",
-        f'```toml\n[{section}]\nname = "{row.slug}"\n```',
-        f"```console\n$ headway train --set {section}.name={row.slug}\n$ headway verify {row.slug}\n```",
+        *_training(row, section),
+        f"```console\n$ headway verify {row.slug}\n```",
         "## Claim",
         claim_section(row),
         "## API",
@@ -138,6 +139,17 @@ def claim_section(row: Method) -> str:
     if (CLAIMS / f"{row.slug}.svg").is_file():
         parts.append(f"![What the claim of {row.slug} measured](../claims/{row.slug}.svg){{ .claim }}")
     return "\n\n".join(part for part in parts if part)
+
+
+def _training(row: Method, section: str) -> list[str]:
+    """How `headway train` takes the method, or why it does not."""
+    reason = not_trained(row.role, row.load())
+    if reason:
+        return [f"It {reason}, which `headway train` does not do: use it in a loop of your own."]
+    return [
+        f'```toml\n[{section}]\nname = "{row.slug}"\n```',
+        f"```console\n$ headway train --set {section}.name={row.slug}\n```",
+    ]
 
 
 def _construction(row: Method) -> str:

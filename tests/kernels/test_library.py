@@ -13,7 +13,10 @@ from tests.kernels.conftest import needs_library
 
 from headway.kernels import library
 from headway.kernels.adam import adam_
+from headway.kernels.blockwise import adam8_, dequantize_blockwise, quantize_blockwise
 from headway.kernels.finite import first_nonfinite
+from headway.kernels.project import project_orthogonal_
+from headway.kernels.select import clamp_magnitude_, kth_largest_magnitude
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -170,3 +173,25 @@ def test_dense_alike_means_elements_in_the_same_order():
     assert not library.dense_alike(x, last)
     assert not library.dense_alike(last, x)
     assert not library.dense_alike(x, x.reshape(-1))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_leave_the_floating_point_unit_as_it_was(instruction_set, dtype):
+    """Compilers may use MMX registers, which makes torch.remainder return NaN unless they are given back."""
+    scales = {"step_sizes": [0.1], "root_scales": [1.0], "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    for count in (*range(1, 40), 1000):  # each way to end a loop
+        p, g = (torch.rand(count).add(0.5).to(dtype) for _ in range(2))
+        m, v, h = (torch.rand(count) for _ in range(3))
+        codes, absmax = quantize_blockwise(m)
+        adam_([p], [g], [m], [v], **scales)
+        adam_([p], [g], [m], [v], previous_grads=[h], spike=2.0, clip=1.0, l2=0.1, **scales)
+        for decay_after in (1.0, 0.9):
+            moments = [codes], [absmax], [codes.clone()], [absmax.clone()]
+            adam8_([p], [g], *moments, decay_after=decay_after, **scales)
+        first_nonfinite([p, m])
+        dequantize_blockwise(*quantize_blockwise(v, signed=False), signed=False)
+        kth_largest_magnitude([m, torch.rand(100_000)], 5)
+        clamp_magnitude_([m], 0.5)
+        project_orthogonal_([m, 3 * v + 1e-3 * m], [v, v], renormalize=True)
+        assert torch.remainder(torch.tensor(5.25, dtype=torch.float64), 2).item() == 1.25

@@ -10,6 +10,7 @@ import typer
 
 from headway.catalogue import ROLES, Method, baselines, find, get, nearest
 from headway.cli.failures import FAILED, WRONG_INPUT, fail
+from headway.config.methods import not_trained
 
 app = typer.Typer(no_args_is_help=False)
 
@@ -88,6 +89,9 @@ def show(
 def _facts(row: Method) -> dict[str, str]:
     module, _, name = row.object.partition(":")
     facts = {"import": f"from {module} import {name}", "training": f"headway train --set {row.role}.name={row.slug}"}
+    reason = not_trained(row.role, row.load())
+    if reason:
+        facts["training"] = f"in a loop of your own: it {reason}"
     if row.paper:
         facts["paper"] = f"{row.paper}, arXiv {row.arxiv}"
     if row.claim:

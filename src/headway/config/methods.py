@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from headway.config.schema import MethodSection
 
-__all__ = ["MethodError", "build_optimizer", "build_schedule", "check_method"]
+__all__ = ["MethodError", "build_optimizer", "build_schedule", "check_method", "not_trained"]
 
 # Arguments that the training loop supplies, or that a file cannot express.
 _RESERVED = {"self", "params", "param_groups", "model", "optimizer", "total_steps", "last_epoch", "generator"} | {
@@ -41,7 +41,7 @@ _COMMON: dict[str, Constraint] = {
 }
 
 
-_TRAINED = ("gradients", "graph")
+# Ways to drive an optimizer that the training loop does not have.
 _PROTOCOLS = {
     "loss": "evaluates the loss itself, several times a step",
     "margins": "steps from the margins of a linear classifier",
@@ -53,6 +53,11 @@ class MethodError(ValueError):
     """A method's section that its constructor does not accept."""
 
 
+def not_trained(role: str, cls: Any) -> str:
+    """What keeps `headway train` from driving a class, as a phrase; empty if nothing does."""
+    return _PROTOCOLS.get(getattr(cls, "step_protocol", "gradients"), "") if role == "optimizer" else ""
+
+
 def check_method(role: str, section: MethodSection, total_steps: int = 1) -> None:
     """Raise `MethodError` unless the section's method exists and accepts the section's options."""
     try:
@@ -61,10 +66,10 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
         raise MethodError(f"{role}.name: {error.args[0]}") from error
     except ImportError as error:
         raise MethodError(f"{role}.name: {error}") from error
-    protocol = getattr(cls, "step_protocol", "gradients")
-    if role == "optimizer" and protocol not in _TRAINED:
+    reason = not_trained(role, cls)
+    if reason:
         raise MethodError(
-            f"optimizer.name: '{section.name}' {_PROTOCOLS[protocol]}, which `headway train` does not do: "
+            f"{role}.name: '{section.name}' {reason}, which `headway train` does not do: "
             f"use {cls.__name__} in a loop of your own (`headway methods show {section.name}`)"
         )
     hints = _parameters(cls)

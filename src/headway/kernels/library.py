@@ -21,7 +21,7 @@ __all__ = ["available", "dense_alike", "instruction_set", "library", "pointers",
 
 _PATH = Path(__file__).with_name("_native.so")
 # Raised here and in native/parallel.c with every change of a signature.
-_VERSION = 1
+_VERSION = 2
 _INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512")
 
 _size, _int, _double, _pointer = ctypes.c_size_t, ctypes.c_int, ctypes.c_double, ctypes.c_void_p

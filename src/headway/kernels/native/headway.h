@@ -3,11 +3,16 @@
    The inner loops (loops.h) are compiled once per instruction set and reached through a table of pointers; everything
    else (parallel.c and a file per kernel) is compiled once. No fused multiply-add is formed anywhere
    (-ffp-contract=off) and every sum has a fixed order, so all instruction sets and all numbers of threads give the
-   same bits. The loops are compiled without MMX, to which GCC moves 8-byte vectors now and then without the EMMS that
-   gives the x87 registers back: the C library's fmod, among others, then returned NaN. */
+   same bits. */
 
 #ifndef HEADWAY_H
 #define HEADWAY_H
+
+/* GCC moves 8-byte vectors through MMX registers now and then, without the EMMS that gives them back to the x87 unit:
+   torch.remainder, among others, then returns NaN. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("no-mmx")
+#endif
 
 #include <stddef.h>
 #include <stdint.h>

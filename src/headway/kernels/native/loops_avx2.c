@@ -4,7 +4,7 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else
-#pragma GCC target("no-mmx,avx2")
+#pragma GCC target("avx2")
 #endif
 #define TABLE loops_avx2
 #define WIDTH 4

@@ -4,7 +4,7 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2"))), apply_to = function)
 #else
-#pragma GCC target("no-mmx,avx512f,avx512bw,avx512dq,avx512vl,avx2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2")
 #endif
 #define TABLE loops_avx512
 #define WIDTH 8

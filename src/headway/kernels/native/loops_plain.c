@@ -1,8 +1,5 @@
 /* The loops for the compiler's own baseline (SSE2 on x86-64, NEON on aarch64). */
 
-#if defined(__x86_64__) && !defined(__clang__)
-#pragma GCC target("no-mmx")
-#endif
 #define TABLE loops_plain
 #define WIDTH 2
 #include "loops.h"
