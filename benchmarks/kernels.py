@@ -1,6 +1,6 @@
 """Time of the native kernels against torch.optim.AdamW, fused and foreach, and against their own references.
 
-    python benchmarks/kernels.py [--threads 2] [--rounds 11] [--most AVX2]
+    python benchmarks/kernels.py [--threads 2] [--rounds 11] [--most AVX2] [--references]
 
 The tensors are the parameters of a Llama of 46 million; gradients are random and stay. Each round runs everything
 once, in an order drawn anew, and a ratio is the median over the rounds of time / AdamW fused in the same round, so that
@@ -106,11 +106,12 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--rounds", type=int, default=11)
     options.add_argument("--most", choices=("plain C", "AVX2", "AVX-512"), default="AVX-512", help="instruction set")
+    options.add_argument("--references", action="store_true", help="time the references too, which takes minutes")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     kernels = library.instruction_set(arguments.most) if library.available() else f"no kernels: {library.why_not()}"
     print(f"{describe()}; {kernels}; {arguments.rounds} rounds")
-    timed = subjects()
+    timed = {name: run for name, run in subjects().items() if arguments.references or "reference" not in name}
     for run in timed.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in timed}
