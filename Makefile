@@ -9,7 +9,7 @@ WORKERS ?= auto
 .DEFAULT_GOAL := train
 
 # torch goes first: with it there, nothing that follows asks for another build of it.
-$(VENV)/.core: pyproject.toml constraints.txt
+$(VENV)/.core: pyproject.toml constraints.txt setup.py $(wildcard src/headway/kernels/native/*)
 	@echo "installing headway into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -97,3 +100,10 @@ def test_state_bytes_counts_tensors_by_their_dtypes_and_nothing_else():
     optimizer.state[params[0]] = {"step": 5, "codes": torch.zeros(10, dtype=torch.uint8), "absmax": torch.zeros(3)}
     optimizer.state[params[1]] = {"index": torch.zeros(2, dtype=torch.int64), "exp_avg": torch.zeros(2, 3)}
     assert state_bytes(optimizer) == 10 + 12 + 16 + 24
+
+
+def test_importing_the_optimizers_loads_neither_the_compiler_nor_scipys_solvers():
+    heavy = ("torch._dynamo", "scipy.optimize", "sklearn", "transformers")
+    code = f"import headway.optim, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

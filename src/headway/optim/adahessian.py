@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.checks import refuse_complex, refuse_sharded, require_finite
 from headway.optim.curvature import hessian_diagonal, rademacher
-from headway.optim.state import restore_state
+from headway.optim.state import ExactStateOptimizer
 from headway.optim.subspace import seeded_generator
 
 __all__ = ["AdaHessian", "block_average"]
@@ -49,7 +48,7 @@ class _Blocks:
 _COMMON = ("n_samples", "update_each", "seed")
 
 
-class AdaHessian(Optimizer):
+class AdaHessian(ExactStateOptimizer):
     """Adam on the diagonal of the Hessian, estimated with one more backward pass.
 
     At step t = 1, 2, ... of a parameter p with gradient g, from m = v = 0::
@@ -283,11 +282,6 @@ class AdaHessian(Optimizer):
                 D, block = diagonals[p], _block(group, index)
                 signed = group["block_reduce"] == "signed"
                 state["hessian_diag"] = block_average(D, block).abs() if signed else block_average(D.abs(), block)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state keeps its dtypes: that of 16-bit parameters stays fp32."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}

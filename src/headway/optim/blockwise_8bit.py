@@ -13,14 +13,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
 from headway.kernels.blockwise import adam8_
 from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
 from headway.optim.quantized_state import BLOCK_SIZE, MIN_SIZE, SHARDED, STATE_BITS, create, is_quantized, read, write
-from headway.optim.state import restore_state, state_bytes
+from headway.optim.state import ExactStateOptimizer
 
 __all__ = [
     "Adagrad8bit",
@@ -44,7 +43,7 @@ _BETAS = Range(low=0, high=1, high_open=True, length=2)
 _POSITIVE = Range(low=0, low_open=True)
 
 
-class _Optimizer8bit(Optimizer):
+class _Optimizer8bit(ExactStateOptimizer):
     """What the family shares: a subclass names its states (with their sign) and does the step of one group."""
 
     constraints: ClassVar[Mapping[str, Constraint]] = _RANGES
@@ -108,15 +107,6 @@ class _Optimizer8bit(Optimizer):
                 return
         described = repr(parameter) if isinstance(parameter, str) else f"a tensor of shape {tuple(parameter.shape)}"
         raise ValueError(f"parameter must be one of this optimizer's, got {described}")
-
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors: for n elements in 8 bits, n + 4 ceil(n / block_size) per state."""
-        return state_bytes(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but codes stay uint8 and scales and moments float32."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -9,14 +9,16 @@ No gradient is used. Source: Riedl, Klock, Geldhauser, Fornasier, "Gradient is A
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.subspace import seeded_generator
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
 
 __all__ = ["CBO", "SETTINGS", "cbo_minimize", "cbo_step", "check_drift", "consensus_point", "consensus_weights"]
 
@@ -304,6 +306,8 @@ def cbo_minimize(
     assert swarm.consensus is not None
     assert swarm.best_x is not None
     agreed = swarm.spread <= tol_spread
+    from scipy.optimize import OptimizeResult  # half a second that no other optimizer should wait for
+
     return OptimizeResult(
         x=swarm.consensus.cpu().numpy(),
         fun=float(evaluate(swarm.consensus.unsqueeze(0))[0]),

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.func import functional_call, vmap
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, Range, check_arguments
 from headway.optim.checks import refuse_complex, refuse_sharded
@@ -26,13 +25,13 @@ from headway.optim.consensus import (
     consensus_weights,
     require_some_finite,
 )
-from headway.optim.state import restore_state
+from headway.optim.state import ExactStateOptimizer
 from headway.optim.subspace import seeded_generator
 
 __all__ = ["CBO", "ConsensusBasedOptimizer", "ModuleCBO", "cbo_minimize"]
 
 
-class ConsensusBasedOptimizer(Optimizer):
+class ConsensusBasedOptimizer(ExactStateOptimizer):
     """Trains parameters by N particles that each hold values for all of them; the parameters hold their consensus.
 
     At the first step of a parameter p, particle 0 is p itself and the others are p + init_std xi. Each step evaluates
@@ -180,11 +179,6 @@ class ConsensusBasedOptimizer(Optimizer):
             p.copy_(v)
         first["step"] += 1
         return torch.where(energies.isfinite(), energies, float("inf")).min()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the particles of 16-bit parameters stay in fp32."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}

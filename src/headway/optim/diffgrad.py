@@ -12,18 +12,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
 from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
 from headway.optim.quantized_state import SHARDED, STATE_BITS, batches, create, read, write
-from headway.optim.state import restore_state, state_bytes
+from headway.optim.state import ExactStateOptimizer
 
 __all__ = ["DiffGrad"]
 
 
-class DiffGrad(Optimizer):
+class DiffGrad(ExactStateOptimizer):
     """Adam times a friction coefficient: near 1/2 where the gradient stays the same, towards 1 where it changes fast.
 
     From m = v = g_prev = 0, step t = 1, 2, ... of a parameter p with gradient g does, entry by entry::
@@ -181,12 +180,3 @@ class DiffGrad(Optimizer):
         for state, mean, square in zip(states, means, squares, strict=True):
             write(state, "exp_avg", mean)
             write(state, "exp_avg_sq", square, signed=False)
-
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors, of this rank's parts where parameters are sharded."""
-        return state_bytes(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state keeps its dtypes: that of 16-bit parameters stays fp32."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)

@@ -14,13 +14,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.adam_rule import adam_steps
 from headway.optim.checks import gradients, refuse_complex, refuse_sharded
 from headway.optim.grouping import split_parameters
-from headway.optim.state import restore_state, state_bytes
+from headway.optim.state import ExactStateOptimizer
 from headway.optim.subspace import Basis, svd_basis
 
 __all__ = ["Fira", "fira_param_groups"]
@@ -29,7 +28,7 @@ __all__ = ["Fira", "fira_param_groups"]
 _CANCELLED = 1e-2
 
 
-class Fira(Optimizer):
+class Fira(ExactStateOptimizer):
     """Adam in the top singular directions of the gradient, and the rest of the gradient at the scale of Adam's step.
 
     For a *projected* weight W (m x n) with gradient G and projector P, r x n on the right side or m x r on the left;
@@ -185,15 +184,6 @@ class Fira(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors: moments, projectors and the limiter's norms."""
-        return state_bytes(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state keeps its dtypes."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

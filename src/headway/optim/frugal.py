@@ -14,13 +14,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.checks import gradients, refuse_sharded
 from headway.optim.grouping import hidden_matrices
 from headway.optim.quantized_state import SHARDED, STATE_BITS, batches, create, read, write
-from headway.optim.state import restore_state, state_bytes
+from headway.optim.state import ExactStateOptimizer
 from headway.optim.subspace import (
     BLOCK_ORDERS,
     COORDINATE_PROJECTIONS,
@@ -39,7 +38,7 @@ from headway.optim.subspace import (
 __all__ = ["Frugal", "frugal_param_groups"]
 
 
-class Frugal(Optimizer):
+class Frugal(ExactStateOptimizer):
     """Adam (or SGD with momentum, or Lion) in a small subspace and sign descent on the rest.
 
     For each *projected* parameter W with gradient G, at every step of its group::
@@ -215,15 +214,6 @@ class Frugal(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors: moments, subspaces and, with `reproject`, the entries' counts."""
-        return state_bytes(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state keeps its dtypes: moments of 16-bit parameters stay fp32, indices integers."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -581,7 +581,7 @@ class _Tap:
         self.owner: Callable[[], MKOR | None] = (lambda: None) if owner is None else weakref.ref(owner)
         self.layer = layer
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch.compiler.disable, which would load the compiler at import
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         owner, layer = self.owner(), self.layer
         if owner is None or layer is None or not module.training or not output.requires_grad or not owner._due():

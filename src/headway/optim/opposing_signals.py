@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.select import kth_largest_magnitude_reference
@@ -24,12 +23,12 @@ from headway.optim.checks import gradients, local, refuse_complex, refuse_sharde
 from headway.optim.opposing_pairs import OpposingSignals, Pair
 from headway.optim.quantile import magnitude_quantile
 from headway.optim.quantized_state import SHARDED, STATE_BITS, batches, create, read, write
-from headway.optim.state import restore_state
+from headway.optim.state import ExactStateOptimizer
 
 __all__ = ["OpposingSignals", "Pair", "SplitSGD"]
 
 
-class SplitSGD(Optimizer):
+class SplitSGD(ExactStateOptimizer):
     """SGD with momentum for ordinary coordinates and sign steps for the few whose momentum is large.
 
     Small groups of outliers with opposing signals give a few coordinates large gradients that cancel most of the time.
@@ -187,11 +186,6 @@ class SplitSGD(Optimizer):
                 count += part.numel()
                 above += int((part.abs() > bounds[_rule(group)]).sum())
         return above / count if count else float("nan")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the momentum of 16-bit parameters stays in fp32."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "process_group": self.process_group}

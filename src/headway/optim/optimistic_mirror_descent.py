@@ -21,12 +21,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
 from headway.optim.mirror import Ball, Box, Simplex, block_norm, project_ball_, project_ball_in_norm
-from headway.optim.state import restore_state
+from headway.optim.state import ExactStateOptimizer
 
 __all__ = ["OptimisticEnsemble", "OptimisticOMD", "SEAOptimizer"]
 
@@ -301,7 +300,7 @@ class OptimisticEnsemble(OptimisticOMD):
         return (*super()._changing, "points", "before", "losses", "weights")
 
 
-class SEAOptimizer(Optimizer):
+class SEAOptimizer(ExactStateOptimizer):
     r"""`OptimisticOMD` on the parameters of each group as one vector, in the ball of diameter D around the start.
 
     The parameters are x_t, where the gradient g_t was taken. With P the projection on the ball, a step does
@@ -489,11 +488,6 @@ class SEAOptimizer(Optimizer):
         new = project_ball_in_norm(H, new, radius, _flat(starts))
         pieces = new.split([xhat.numel() for xhat in xhats])
         return [piece.view(xhat.shape).to(xhat) for piece, xhat in zip(pieces, xhats, strict=True)]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, with the state in the precision in which it was saved."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
 
 def _step_size(mode: str, t: int, V: float, constants: Mapping[str, Any]) -> float:

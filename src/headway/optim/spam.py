@@ -14,21 +14,20 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
 from headway.optim.checks import gradients, local, refuse_complex, refuse_sharded
-from headway.optim.frugal import frugal_param_groups
+from headway.optim.grouping import split_parameters
 from headway.optim.quantized_state import SHARDED, STATE_BITS, batches, create, read, write
 from headway.optim.spikes import GradientSpikeMonitor, GradientSpikes
-from headway.optim.state import restore_state, state_bytes
+from headway.optim.state import ExactStateOptimizer
 from headway.optim.subspace import Coordinates, as_matrix, draw, seeded_generator
 
 __all__ = ["SPAM", "GradientSpikeMonitor", "GradientSpikes", "spam_param_groups", "warmup_factor"]
 
 
-class SPAM(Optimizer):
+class SPAM(ExactStateOptimizer):
     """Adam with spike-aware clipping, momentum reset and, with density < 1, moments for a random part of each matrix.
 
     From m = v = 0, step t = 1, 2, ... of the optimizer does, entry by entry, with j = t mod reset_interval::
@@ -259,15 +258,6 @@ class SPAM(Optimizer):
                 if not whole[i].is_contiguous():  # then the matrix is a copy
                     whole[i].copy_(matrix.view_as(whole[i]))
 
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors, of this rank's parts where parameters are sharded."""
-        return state_bytes(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state keeps its dtypes: moments of 16-bit parameters stay fp32, indices integers."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
-
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
     """The factor of the learning rate `step` steps after a reset: from 0.01 to 1 along a cosine.
@@ -285,8 +275,8 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 def spam_param_groups(model: nn.Module, density: float) -> list[dict[str, Any]]:
     """Split a model's trainable parameters: sparse moments for its linear layers, full moments for all others.
 
-    The linear layers are those of `frugal_param_groups`: in a transformer attention and MLP. Embeddings, norms, biases
-    and the output head are in the second group.
+    The linear layers are the `hidden_matrices` of `headway.optim.grouping`: in a transformer attention and MLP.
+    Embeddings, norms, biases and the output head are in the second group.
 
     Args:
         model: any module; Hugging Face models included.
@@ -296,10 +286,9 @@ def spam_param_groups(model: nn.Module, density: float) -> list[dict[str, Any]]:
     >>> [(len(group["params"]), group.get("density", 1.0)) for group in groups]
     [(1, 0.25), (3, 1.0)]
     """
-    return [
-        {"params": group["params"], **({"density": density} if group["projected"] else {})}
-        for group in frugal_param_groups(model)
-    ]
+    matrices, others = split_parameters(model)
+    groups: list[dict[str, Any]] = [{"params": matrices, "density": density}, {"params": others}]
+    return [group for group in groups if group["params"]]
 
 
 def _check_sparse(params: list[Tensor], density: float) -> None:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from headway.optim.checks import local
 
-__all__ = ["restore_state", "state_bytes"]
+__all__ = ["ExactStateOptimizer", "restore_state", "state_bytes"]
 
 
 def restore_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -49,3 +49,16 @@ def state_bytes(optimizer: Optimizer) -> int:
     """
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     return sum(t.numel() * t.element_size() for t in local(tensors))
+
+
+class ExactStateOptimizer(Optimizer):
+    """Base of optimizers whose state survives `state_dict()` bit for bit, whatever the parameters' dtype."""
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors, of this rank's parts where parameters are sharded."""
+        return state_bytes(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state keeps the dtypes in which it was saved."""
+        super().load_state_dict(state_dict)
+        restore_state(self, state_dict)

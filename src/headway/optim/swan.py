@@ -15,19 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.optim.adam_rule import adam_steps
 from headway.optim.checks import gradients, refuse_complex, refuse_sharded
 from headway.optim.grouping import batches_of_one_shape, split_parameters
 from headway.optim.polar import POLAR_RANGES, polar_factor
-from headway.optim.state import restore_state, state_bytes
+from headway.optim.state import ExactStateOptimizer
 
 __all__ = ["SWAN", "grad_norm", "grad_whiten", "swan_param_groups"]
 
 
-class SWAN(Optimizer):
+class SWAN(ExactStateOptimizer):
     """Stateless steps of normalised, whitened gradients for matrices, AdamW for everything else.
 
     For each *whitened* parameter W, seen as a matrix m x n of its first dimension against all others, with gradient G,
@@ -162,15 +161,6 @@ class SWAN(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors; whitened parameters have none."""
-        return state_bytes(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state keeps its dtypes."""
-        super().load_state_dict(state_dict)
-        restore_state(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
