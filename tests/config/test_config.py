@@ -152,3 +152,9 @@ def test_a_wrapper_takes_the_options_of_what_it_wraps_and_refuses_others():
         load(overrides=["optimizer.name=coordinate-clipping", "optimizer.inner=frugall"])
     with pytest.raises(ConfigError, match=r"optimizer.inner must be an optimizer that steps from gradients"):
         load(overrides=["optimizer.name=coordinate-clipping", "optimizer.inner=adahessian"])
+
+
+def test_sparse_momentum_is_for_the_linear_layers_of_the_model():
+    load(overrides=["optimizer.name=spam", "optimizer.density=0.25"])
+    with pytest.raises(ConfigError, match=r"optimizer.density must be in \(0, 1\], got 0"):
+        load(overrides=["optimizer.name=spam", "optimizer.density=0"])

@@ -154,6 +154,25 @@ class SPAM(ExactStateOptimizer):
         # In the group, the seed and t are saved, copied and loaded by everything that handles optimizers.
         super().__init__(params, {**arguments, "seed": seed, "t": 0})
 
+    @classmethod
+    def for_model(cls, model: nn.Module, *, density: float = 1.0, **hyperparameters: Any) -> SPAM:
+        """An optimizer for `model`: `density` is that of its linear layers' weights, all others have full moments.
+
+        Vectors and scalars get no weight decay.
+
+        >>> optimizer = SPAM.for_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), density=0.25, weight_decay=0.1)
+        >>> [(len(g["params"]), g["density"], g["weight_decay"]) for g in optimizer.param_groups]
+        [(1, 0.25, 0.1), (3, 1.0, 0.0)]
+        """
+        check_arguments(cls.constraints, density=density)
+        matrices, others = split_parameters(model)
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "density": density},
+            {"params": [p for p in others if p.ndim >= 2]},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return cls([group for group in groups if group["params"]], **hyperparameters)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; hyper-parameters are checked like the constructor's. The group joins at the present t."""
         t = self.param_groups[0]["t"] if self.param_groups else 0
