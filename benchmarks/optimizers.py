@@ -453,7 +453,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def report(results: dict[str, dict[str, Any]], llama: dict[str, dict[str, float]], machine: str, seeds: int) -> str:
-    parts = [f"Measured on: {machine}. Rates {', '.join(f'{lr:g}' for lr in RATES)}; {seeds} seeds.\n"]
+    parts = [f"Measured on: {machine}. Rates {', '.join(f'{lr:g}' for lr in RATES)}; seeds: {seeds}.\n"]
     for name, entries in results.items():
         base = entries[REFERENCE]
         rows = []
