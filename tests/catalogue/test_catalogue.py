@@ -14,7 +14,6 @@ SHARED = {
         "adam_rule",
         "checks",
         "consensus",
-        "curvature",
         "damped_solve",
         "evaluation_point",
         "grouping",

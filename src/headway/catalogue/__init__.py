@@ -29,7 +29,7 @@ class Role:
     """An interface of the ecosystem that methods implement interchangeably.
 
     `package` holds the methods, `contract` is the conformance suite every one of them passes,
-    `section` the section of a training configuration that names one by its slug.
+    `section` the section of a training configuration that names one by its slug, or empty.
     """
 
     name: str
@@ -43,6 +43,9 @@ ROLES = {
     for role in (
         Role("optimizer", "headway.optim", "headway.testing:check_optimizer", "optimizer"),
         Role("schedule", "headway.schedules", "headway.testing:check_schedule", "schedule"),
+        Role("batch schedule", "headway.schedules", "headway.testing:check_batch_schedule", "batch"),
+        Role("controller", "headway.schedules", "headway.testing:check_controller", ""),
+        Role("planner", "headway.budget", "headway.testing:check_planner", ""),
     )
 }
 

@@ -21,7 +21,7 @@ from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
 from headway.kernels.select import clamp_magnitude_
 from headway.optim.checks import gradients, local, require_finite
-from headway.optim.curvature import hvp
+from headway.numerics.curvature import hvp
 from headway.optim.quantile import magnitude_quantile
 from headway.optim.wrapper import OptimizerWrapper
 

@@ -6,6 +6,7 @@
 """
 
 from headway.testing.optimizers import check_optimizer
+from headway.testing.planners import check_planner
 from headway.testing.schedules import check_schedule
 
-__all__ = ["check_optimizer", "check_schedule"]
+__all__ = ["check_optimizer", "check_planner", "check_schedule"]

@@ -28,7 +28,8 @@ import headway
 from headway.config import Config
 from headway.config.methods import build_optimizer, build_schedule
 from headway.data import Corpus
-from headway.resilience import CheckpointError, CheckpointStore, rng_state, set_rng_state
+from headway.resilience import CheckpointError, CheckpointStore
+from headway.snapshot import rng_state, set_rng_state
 from headway.train import TrainError
 from headway.train.display import Display
 from headway.train.model import NextTokenLoss, build_model, one_line

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from headway.optim.curvature import gradients_with_graph, hessian, hessian_diagonal, hvp, rademacher
+from headway.numerics.curvature import gradients_with_graph, hessian, hessian_diagonal, hvp, rademacher
 
 
 def quadratic(seed=0, dtype=torch.float64):

@@ -1,0 +1,1 @@
+"""Numerical machinery that methods of several packages share."""
