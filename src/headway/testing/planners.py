@@ -15,6 +15,7 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -216,8 +217,7 @@ def _the_interval_brackets_the_prediction(subject: _Subject) -> None:
         assert (value <= high + slack).all(), "the upper end lies below the prediction"
         for level in (0.0, 1.0, -1.0, math.nan):
             text = _refusal(
-                ValueError,
-                lambda level=level: planner.interval(*arguments, **subject.keywords_of_predict, level=level),
+                ValueError, partial(planner.interval, *arguments, **{**subject.keywords_of_predict, "level": level})
             )
             assert text, f"level = {level} is accepted"
             assert "level" in text, f"the message for level = {level} does not name it: {text}"
