@@ -137,9 +137,7 @@ def _bad_arguments_are_refused(subject: _Subject) -> None:
     for name, constraint in constraints.items():
         assert name in known, f"constraints names {name!r}, which the constructor does not take"
         for value in constraint.outside():
-            text = _refusal(
-                ValueError, lambda name=name, value=value: subject.planner(**{**subject.arguments, name: value})
-            )
+            text = _refusal(ValueError, partial(subject.planner, **{**subject.arguments, name: value}))
             assert text, f"{name} = {value!r} is accepted"
             assert name in text, f"the message for {name} = {value!r} does not name it: {text}"
 
