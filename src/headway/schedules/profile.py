@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from headway.constraints import Constraint, Range, check_arguments
+from headway.spending import Budget, steps_of
 
 __all__ = [
     "PROFILES",
@@ -226,7 +227,7 @@ class ProfileLR(ClosedFormLR):
         optimizer: the optimizer; each group's current `lr` is its base rate b, the peak.
         profile: p, a function from [0, 1] to [0, inf), or a name in `PROFILES`. It is not part of
             `state_dict()`; everything else is, and loading a state replaces it.
-        total_steps: T >= 1, in optimizer steps.
+        total_steps: T >= 1, in optimizer steps, or a `headway.spending.Budget`.
         warmup_steps: W in [0, T), in optimizer steps. Default 0.
         warmup_start: rate at step 0 of the warm-up, in [0, smallest b]. Default 0.
         lr_min: floor m as a rate, in [0, smallest b]. Default 0, as in the paper.
@@ -263,7 +264,7 @@ class ProfileLR(ClosedFormLR):
         self,
         optimizer: Optimizer,
         profile: str | Callable[[float], float],
-        total_steps: int,
+        total_steps: int | Budget,
         *,
         warmup_steps: int = 0,
         warmup_start: float = 0.0,
@@ -272,6 +273,7 @@ class ProfileLR(ClosedFormLR):
         sampling: str | Sequence[float] = "iteration",
         last_epoch: int = -1,
     ) -> None:
+        total_steps = steps_of(total_steps)
         check_arguments(
             ProfileLR.constraints,
             profile=profile,
@@ -350,7 +352,7 @@ class LinearLR(ProfileLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: int | Budget,
         *,
         warmup_steps: int = 0,
         warmup_start: float = 0.0,
@@ -390,7 +392,7 @@ class CosineLR(ProfileLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: int | Budget,
         *,
         warmup_steps: int = 0,
         warmup_start: float = 0.0,
@@ -442,12 +444,13 @@ class ConstantLR(ProfileLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int | None = None,
+        total_steps: int | Budget | None = None,
         *,
         warmup_steps: int = 0,
         warmup_start: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
+        total_steps = None if total_steps is None else steps_of(total_steps)
         check_arguments(self.constraints, total_steps=total_steps, warmup_steps=warmup_steps)
         super().__init__(
             optimizer,

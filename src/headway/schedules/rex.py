@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from headway.constraints import Constraint, Range, check_arguments
 from headway.schedules.profile import LinearLR, ProfileLR
+from headway.spending import Budget
 
 __all__ = ["REXLR", "rex_profile"]
 
@@ -89,7 +90,7 @@ class REXLR(ProfileLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: int | Budget,
         *,
         beta: float = 0.5,
         warmup_steps: int = 0,

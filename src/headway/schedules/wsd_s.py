@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.schedules.profile import ClosedFormLR, Increasing
+from headway.spending import Budget, steps_of
 
 __all__ = ["DECAYS", "WSDLR", "WSDSLR", "DecayBranchPlanner", "decay_factor"]
 
@@ -245,7 +246,7 @@ class WSDSLR(ClosedFormLR):
 
     Args:
         optimizer: the optimizer; each group's current `lr` is its peak eta.
-        checkpoints: T_1 < T_2 < ... >= 1, counts of optimizer steps.
+        checkpoints: T_1 < T_2 < ... >= 1, counts of optimizer steps or `headway.spending.Budget`s.
         warmup_steps: W >= 0, at most T_1 - d_1. Default 0.
         rewarmup_steps: R >= 0, linear from the floor after each checkpoint, at most
             (T_k - T_{k-1}) - d_k. Default 0: back to eta at once.
@@ -288,7 +289,7 @@ class WSDSLR(ClosedFormLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        checkpoints: Sequence[int],
+        checkpoints: Sequence[int | Budget],
         *,
         warmup_steps: int = 0,
         rewarmup_steps: int = 0,
@@ -299,6 +300,8 @@ class WSDSLR(ClosedFormLR):
         convention: str = "inclusive",
         last_epoch: int = -1,
     ) -> None:
+        if isinstance(checkpoints, Sequence) and not isinstance(checkpoints, str):
+            checkpoints = [steps_of(checkpoint) for checkpoint in checkpoints]
         check_arguments(
             self.constraints,
             checkpoints=checkpoints,
@@ -319,12 +322,12 @@ class WSDSLR(ClosedFormLR):
         self.decay = decay
         self.min_lr_ratio = float(min_lr_ratio)
         self.convention = convention
-        self.checkpoints = tuple(int(checkpoint) for checkpoint in checkpoints)
+        self.checkpoints = tuple(int(steps_of(checkpoint)) for checkpoint in checkpoints)
         for start, end in pairwise((0, *self.checkpoints)):
             self._check_cycle(start, end)
         super().__init__(optimizer, last_epoch)
 
-    def extend(self, checkpoint: int) -> None:
+    def extend(self, checkpoint: int | Budget) -> None:
         """Add a checkpoint after the last one; the rate of no step already taken changes.
 
         Args:
@@ -335,6 +338,7 @@ class WSDSLR(ClosedFormLR):
             ValueError: `checkpoint` is not, or its cycle cannot hold its warm-up and decay.
         """
         last = self.checkpoints[-1]
+        checkpoint = steps_of(checkpoint)
         check_arguments(
             {"checkpoint": Range(low=max(last, self.last_epoch), low_open=True, integer=True)}, checkpoint=checkpoint
         )
