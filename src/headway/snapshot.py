@@ -1,7 +1,7 @@
 """Where a run stands, held so that it can go back there: random generators, and whatever has a state.
 
-    state = rng_state();  ...;  set_rng_state(state)
-    before = Snapshot(model, optimizer);  ...;  before.restore()
+state = rng_state();  ...;  set_rng_state(state)
+before = Snapshot(model, optimizer);  ...;  before.restore()
 """
 
 from __future__ import annotations

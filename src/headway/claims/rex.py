@@ -22,7 +22,7 @@ from headway.claims import Check, Outcome, Panel
 from headway.schedules.profile import LinearLR, ProfileLR
 from headway.schedules.rex import REXLR, rex_profile
 
-__all__ = ["claim"]
+__all__ = ["best_loss", "claim", "digits"]
 
 BUDGETS = (20, 40, 80, 200, 600)
 LOW_BUDGETS = (20, 40)
@@ -56,9 +56,9 @@ def claim(seed: int = 0, *, budgets: Sequence[int] = BUDGETS, seeds: int = SEEDS
     Raises:
         ImportError: scikit-learn is missing; the message says what brings it.
     """
-    data = _digits(seed)
+    data = digits(seed)
     losses = {
-        (optimizer, schedule, steps): _best_loss(data, optimizer, SCHEDULES[schedule], steps, seed, seeds)
+        (optimizer, schedule, steps): best_loss(data, optimizer, SCHEDULES[schedule], steps, seed, seeds)
         for optimizer in OPTIMIZERS
         for schedule in SCHEDULES
         for steps in budgets
@@ -113,12 +113,12 @@ def _judge(losses: dict[tuple[str, str, int], float], budgets: Sequence[int]) ->
     )
 
 
-def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train and test rows and labels: x in [0, 1] of shape (rows, 64)."""
+def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Train and test rows and labels, split by the seed: x in [0, 1] of shape (rows, 64)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('the claim of rex needs scikit-learn: pip install "headway[estimators]"') from error
+        raise ImportError('these digits need scikit-learn: pip install "headway[estimators]"') from error
     bunch = load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(seed))
     x = torch.tensor(bunch.data, dtype=torch.float32)[order] / 16
@@ -126,7 +126,7 @@ def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[:TRAIN_ROWS], y[:TRAIN_ROWS], x[TRAIN_ROWS:], y[TRAIN_ROWS:]
 
 
-def _best_loss(
+def best_loss(
     data: tuple[Tensor, Tensor, Tensor, Tensor], optimizer: str, schedule: Schedule, steps: int, seed: int, seeds: int
 ) -> float:
     """The mean test loss over the seeds, at the best peak rate of the grid."""

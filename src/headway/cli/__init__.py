@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from headway import __version__
-from headway.cli import generate, methods, train, verify
+from headway.cli import generate, methods, scale_fit, train, verify
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.add_typer(methods.app, name="methods")
 app.command("verify")(verify.verify)
+app.command("scale-fit")(scale_fit.scale_fit)
 
 
 def _version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from headway.cli.failures import INTERRUPTED, WRONG_INPUT, fail, failures
 
 if TYPE_CHECKING:
     from headway.config import Config
+    from headway.spending import Budget
     from headway.train.run import RunFolder
 
 
@@ -23,6 +24,13 @@ def train(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
     ] = None,
     data: Annotated[str, typer.Option(help="Short for --set data.source=...: a file, folder, glob or hf:NAME.")] = "",
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Steps, tokens or time: 640, '2M tokens', '10 min'. With --resume: what the run may spend in all.",
+        ),
+    ] = "",
     workers: Annotated[int, typer.Option(help="Short for --set launch.workers=...: processes on this machine.")] = 0,
     out: Annotated[Optional[Path], typer.Option(help="The run's folder; by default runs/<date>-<time>.")] = None,  # noqa: UP045
     resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,  # noqa: UP045
@@ -36,7 +44,11 @@ def train(
 
         headway train config.toml --set optimizer.name=frugal --workers 2
 
+        headway train --budget "10 min" --set schedule.name=wsd-s
+
         headway train --resume runs/20261124-101500
+
+        headway train --resume runs/20261124-101500 --budget 640
     """
     # Started by torchrun or by this command's own launcher: be one of the workers, launch none.
     is_worker = "TORCHELASTIC_RUN_ID" in os.environ
@@ -45,11 +57,11 @@ def train(
         if resume is not None:
             if config is not None or data or out is not None or overrides:
                 raise fail("--resume takes the run's own configuration: no CONFIG, --set, --data or --out", WRONG_INPUT)
-            run, resolved = _open(resume, workers)
+            run, resolved = _open(resume, workers, budget)
         else:
-            run, resolved = None, _load(config, overrides or [], data, workers)
+            run, resolved = None, _load(config, overrides or [], data, workers, budget)
         if run is not None and run.complete:
-            typer.echo(f"{run.path} is complete: {resolved.train.steps} steps; its model is in {run.model}")
+            typer.echo(f"{run.path} is complete: {resolved.budget}; its model is in {run.model}")
             return
 
         if is_worker:
@@ -66,27 +78,74 @@ def train(
         typer.echo(f"\nreport  {run.path / 'report.html'}\nmodel   {run.model}\nmore    headway generate {run.path}")
 
 
-def _load(path: Path | None, overrides: list[str], data: str, workers: int) -> Config:
+def _load(path: Path | None, overrides: list[str], data: str, workers: int, budget: str) -> Config:
     from headway.config import load
     from headway.train.session import check_data
 
     short = [f"data.source={_quoted(data)}"] if data else []
     if workers:
         short.append(f"launch.workers={workers}")
+    if budget:
+        short += _budget(budget)
     config = load(path, [*overrides, *short])
     check_data(config)
     return config
 
 
-def _open(path: Path, workers: int) -> tuple[RunFolder, Config]:
+def _budget(text: str) -> list[str]:
+    """The overrides for a budget: steps have a key of their own."""
+    from headway.spending import Budget
+
+    try:
+        budget = Budget.parse(text)
+    except ValueError as error:
+        raise fail(f"--budget: {error}", WRONG_INPUT) from error
+    if budget.steps:
+        return [f"train.steps={budget.steps}", 'train.budget=""']
+    return ["train.steps=0", f"train.budget={_quoted(text)}"]
+
+
+def _open(path: Path, workers: int, budget: str) -> tuple[RunFolder, Config]:
     from headway.config import parse
     from headway.train.run import RunFolder
 
     run, config = RunFolder.open(path)
-    if workers and workers != config.launch.workers:
-        config = parse(config.to_toml(), [f"launch.workers={workers}"])
+    changes = [f"launch.workers={workers}"] if workers and workers != config.launch.workers else []
+    if budget:
+        changes += _extension(run, config, budget)
+    if changes:
+        config = parse(config.to_toml(), changes)
         run.config_file.write_text(config.to_toml(), encoding="utf-8")
     return run, config
+
+
+def _extension(run: RunFolder, config: Config, text: str) -> list[str]:
+    """The overrides that let a run spend more, if its schedule can; the model it has written is kept."""
+    from headway.catalogue import get
+    from headway.spending import Budget
+
+    changes = _budget(text)
+    old, new = config.budget, Budget.parse(text)
+    if bool(old.seconds) or bool(new.seconds):
+        raise fail(f"--budget: a run is extended in steps or tokens; this run has {old}, got {text!r}", WRONG_INPUT)
+    if bool(old.steps) != bool(new.steps):
+        raise fail(f"--budget: this run's budget is {old}: give it in {_unit(old)}, got {text!r}", WRONG_INPUT)
+    if (new.steps or new.tokens) < (old.steps or old.tokens):
+        raise fail(f"--budget: must be at least what the run has, {old}, got {text!r}", WRONG_INPUT)
+    if (new.steps, new.tokens) == (old.steps, old.tokens):
+        return []
+    if not hasattr(get(config.schedule.name, "schedule").load(), "extend"):
+        raise fail(
+            f"--budget: the schedule {config.schedule.name!r} was laid out for {old} and cannot go on; start a new run "
+            f"with --budget {text!r}, or train with schedule.name=wsd-s, which can be extended",
+            WRONG_INPUT,
+        )
+    run.keep_model(old.total_steps if old.steps else config.nominal_steps)
+    return changes
+
+
+def _unit(budget: Budget) -> str:
+    return "steps" if budget.steps else "tokens"
 
 
 def _quoted(text: str) -> str:

@@ -120,7 +120,8 @@ def _check(raw: dict[str, Any]) -> Config:
         raise ConfigError("the configuration is nested too deeply") from error
     try:
         check_method("optimizer", config.optimizer)
-        check_method("schedule", config.schedule, total_steps=config.train.steps)
+        check_method("schedule", config.schedule, total_steps=config.nominal_steps)
+        check_method("batch schedule", config.batch)
     except MethodError as error:
         raise ConfigError(_one_line(str(error))) from error
     return config

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from headway.catalogue import get, nearest
+from headway.catalogue import ROLES, get, nearest
 from headway.constraints import Constraint, Range
 
 if TYPE_CHECKING:
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
     from headway.config.schema import MethodSection
 
-__all__ = ["MethodError", "build_optimizer", "build_schedule", "check_method", "not_trained"]
+__all__ = ["MethodError", "build_batch_schedule", "build_optimizer", "build_schedule", "check_method", "not_trained"]
 
 # Arguments that the training loop supplies, or that a file cannot express.
 _RESERVED = {"self", "params", "param_groups", "model", "optimizer", "total_steps", "last_epoch", "generator"} | {
     "process_group",
     "named_parameters",
+    "initial",
+    "max_micro_batch",
+    "world_size",
 }
 
 # torch's own optimizers state no constraints and name no argument in their messages.
@@ -60,16 +63,17 @@ def not_trained(role: str, cls: Any) -> str:
 
 def check_method(role: str, section: MethodSection, total_steps: int = 1) -> None:
     """Raise `MethodError` unless the section's method exists and accepts the section's options."""
+    where = ROLES[role].section
     try:
         cls = get(section.name, role).load()
     except KeyError as error:
-        raise MethodError(f"{role}.name: {error.args[0]}") from error
+        raise MethodError(f"{where}.name: {error.args[0]}") from error
     except ImportError as error:
-        raise MethodError(f"{role}.name: {error}") from error
+        raise MethodError(f"{where}.name: {error}") from error
     reason = not_trained(role, cls)
     if reason:
         raise MethodError(
-            f"{role}.name: '{section.name}' {reason}, which `headway train` does not do: "
+            f"{where}.name: '{section.name}' {reason}, which `headway train` does not do: "
             f"use {cls.__name__} in a loop of your own (`headway methods show {section.name}`)"
         )
     hints = _parameters(cls)
@@ -78,9 +82,9 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
         try:
             wrapped = get(inner, role).load()
         except (KeyError, ImportError) as error:
-            raise MethodError(f"{role}.inner: {error.args[0]}") from error
+            raise MethodError(f"{where}.inner: {error.args[0]}") from error
         if getattr(wrapped, "step_protocol", "gradients") != "gradients" or _wraps(wrapped):
-            raise MethodError(f"{role}.inner must be an optimizer that steps from gradients, got {inner!r}")
+            raise MethodError(f"{where}.inner must be an optimizer that steps from gradients, got {inner!r}")
         hints = {**_parameters(wrapped), **hints}
         constraints = {**getattr(wrapped, "constraints", _COMMON), **getattr(cls, "constraints", {})}
         constraints.pop("inner", None)  # the wrapper's own is a slug
@@ -88,12 +92,12 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
         constraints = getattr(cls, "constraints", _COMMON)
     for key, value in section.options.items():
         if key not in hints:
-            raise MethodError(f"unknown key '{role}.{key}' for {section.name}{nearest(key, hints)}")
+            raise MethodError(f"unknown key '{where}.{key}' for {section.name}{nearest(key, hints)}")
         constraint = constraints.get(key)
         if constraint is not None and not constraint.accepts(_value(value)):
-            raise MethodError(f"{role}.{key} must be {constraint.describe()}, got {value!r}")
+            raise MethodError(f"{where}.{key} must be {constraint.describe()}, got {value!r}")
         if not _fits(value, hints[key]):
-            raise MethodError(f"{role}.{key} must be {_name(hints[key])}, got {value!r}")
+            raise MethodError(f"{where}.{key} must be {_name(hints[key])}, got {value!r}")
 
     import torch
 
@@ -103,7 +107,7 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
             warnings.simplefilter("ignore")  # what is odd about the toy says nothing about the model
             _construct(role, section, toy, total_steps)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise MethodError(f"{role} '{section.name}': {error}") from error
+        raise MethodError(f"{where} '{section.name}': {error}") from error
 
 
 def _construct(role: str, section: MethodSection, toy: torch.nn.Module, total_steps: int) -> None:
@@ -111,6 +115,8 @@ def _construct(role: str, section: MethodSection, toy: torch.nn.Module, total_st
 
     if role == "optimizer":
         build_optimizer(section, toy)
+    elif role == "batch schedule":
+        build_batch_schedule(section, size=getattr(section, "size", 1), workers=1)
     else:
         build_schedule(section, torch.optim.SGD(toy.parameters(), lr=1.0), total_steps)
 
@@ -149,6 +155,17 @@ def build_schedule(section: MethodSection, optimizer: Any, total_steps: int) -> 
         if name in known:
             options.setdefault(name, value)
     return cls(optimizer, **options)
+
+
+def build_batch_schedule(section: MethodSection, *, size: int, workers: int, unit: int = 1) -> Any:
+    """The batch schedule of a section, starting from `size` and going in multiples of `unit`."""
+    cls = get(section.name, "batch schedule").load()
+    options = {key: _value(value) for key, value in section.options.items()}
+    known = inspect.signature(cls).parameters
+    for name, value in {"world_size": workers, "multiple_of": unit}.items():
+        if name in known:
+            options.setdefault(name, value)
+    return cls(size, **options)
 
 
 def _wraps(cls: Any) -> bool:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from headway.spending import Budget
 
 __all__ = ["SECTIONS", "Config", "MethodSection"]
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+# What a schedule counts on until the steps of a budget of time have been timed.
+NOMINAL_STEPS = 10_000
+
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -101,8 +109,12 @@ class ModelSection(Section):
         return self
 
 
-class BatchSection(Section):
-    """`[batch]`: sequences per optimizer step over all workers, and per forward pass on one of them."""
+class BatchSection(MethodSection):
+    """`[batch]`: sequences per optimizer step over all workers, per forward pass on one of them, and how the
+    former grows: any slug of role batch schedule, or a baseline.
+    """
+
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {"fixed": {}}
 
     size: Count = 8
     micro_batch: CountOrZero = 0  # 0: the worker's whole share at once
@@ -111,7 +123,8 @@ class BatchSection(Section):
 class TrainSection(Section):
     """`[train]`: the loop itself."""
 
-    steps: Count = 320
+    steps: Annotated[int, Field(ge=0)] = 320
+    budget: str = ""  # instead of steps
     seed: CountOrZero = 0
     clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 0: no clipping
     evaluate_every: CountOrZero = 80  # 0: only at the end
@@ -122,6 +135,28 @@ class TrainSection(Section):
     compile: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: CountOrZero = 0  # 0: the machine's cores shared by the workers on it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("budget"):
+            return {"steps": 0, **raw, "budget": str(raw["budget"])}
+        return raw
+
+    @field_validator("budget")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if value:
+            Budget.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _enough(self) -> TrainSection:
+        if self.budget and self.steps:
+            raise ValueError(f"train.steps must be left out beside train.budget = {self.budget!r}, got {self.steps}")
+        if not self.budget and not self.steps:
+            raise ValueError("train.steps must be >= 1, got 0")
+        return self
 
 
 class CheckpointSection(Section):
@@ -154,6 +189,24 @@ class SampleSection(Section):
         return raw
 
 
+class PlanSection(Section):
+    """`[plan]`: what `headway plan` predicted for this run; read by `headway plan --check`, not by the training."""
+
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: there is no prediction
+    memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    steps: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    lower: tuple[float, ...] = ()
+    upper: tuple[float, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tuples(cls, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+        return raw
+
+
 class Config(Section):
     """A whole training configuration."""
 
@@ -161,11 +214,12 @@ class Config(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection.model_validate({}))
     schedule: ScheduleSection = Field(default_factory=lambda: ScheduleSection.model_validate({}))
-    batch: BatchSection = Field(default_factory=BatchSection)
+    batch: BatchSection = Field(default_factory=lambda: BatchSection.model_validate({}))
     train: TrainSection = Field(default_factory=TrainSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
     sample: SampleSection = Field(default_factory=SampleSection)
+    plan: PlanSection = Field(default_factory=PlanSection)
 
     @model_validator(mode="before")
     @classmethod
@@ -174,8 +228,14 @@ class Config(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("schedule", {}), dict):
             return raw
         schedule, train = raw.get("schedule", {}), raw.get("train", {})
-        steps = train.get("steps", TrainSection.model_fields["steps"].default) if isinstance(train, dict) else None
-        if "name" in schedule or "warmup_steps" in schedule or not isinstance(steps, int):
+        if not isinstance(train, dict) or "name" in schedule or "warmup_steps" in schedule:
+            return raw
+        steps = train.get("steps", TrainSection.model_fields["steps"].default)
+        if train.get("budget"):
+            with contextlib.suppress(pydantic.ValidationError, ValueError):  # told later, where it belongs
+                parts = {name: raw[name] for name in ("data", "batch") if name in raw}
+                steps = cls.model_validate({**parts, "train": train, "schedule": {"name": "constant"}}).nominal_steps
+        if not isinstance(steps, int):
             return raw
         return {**raw, "schedule": {"warmup_steps": max(0, min(20, steps // 10)), **schedule}}
 
@@ -193,6 +253,18 @@ class Config(Section):
         if self.launch.workers > (os.cpu_count() or 1) * 8:
             raise ValueError(f"launch.workers must be <= 8 per core of this machine, got {self.launch.workers}")
         return self
+
+    @property
+    def budget(self) -> Budget:
+        """What the run may spend, with what a step of the first batch size costs."""
+        train = self.train
+        budget = Budget.parse(train.budget) if train.budget else Budget(steps=train.steps)
+        return replace(budget, tokens_per_step=self.batch.size * self.data.sequence_length)
+
+    @property
+    def nominal_steps(self) -> int:
+        """The budget in steps as far as it is known before the first one; `NOMINAL_STEPS` for a budget of time."""
+        return NOMINAL_STEPS if self.budget.seconds else self.budget.total_steps
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; loading it gives an equal `Config`."""

@@ -64,6 +64,8 @@ class Corpus:
     constraints: ClassVar[dict[str, Constraint]] = {
         "sequence_length": Range(low=1, integer=True),
         "step": Range(low=0, integer=True),
+        "first": Range(low=0, integer=True),
+        "count": Range(low=1, integer=True),
         "batch_size": Range(low=1, integer=True),
         "seed": Range(low=0, integer=True),
         "world_size": Range(low=1, integer=True),
@@ -146,9 +148,24 @@ class Corpus:
             raise ValueError(f"batch_size must be a multiple of world_size {world_size}, got {batch_size}")
         if rank >= world_size:
             raise ValueError(f"rank must be < world_size {world_size}, got {rank}")
-        share = batch_size // world_size
-        first = step * batch_size + rank * share
-        epoch, position = np.divmod(np.arange(first, first + share), self.blocks)
+        return self.samples(step * batch_size + rank * (batch_size // world_size), batch_size // world_size, seed=seed)
+
+    def samples(self, first: int, count: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of the samples `first`, ..., `first + count - 1` of the order that `seed` selects.
+
+        Args:
+            first: number of the first sample since the start of training, >= 0.
+            count: samples, >= 1.
+            seed: selects the order, >= 0.
+
+        Returns:
+            Two int64 tensors [count, sequence_length].
+
+        Raises:
+            ValueError: an argument is outside its range.
+        """
+        check_arguments(self.constraints, first=first, count=count, seed=seed)
+        epoch, position = np.divmod(np.arange(first, first + count), self.blocks)
         blocks = permute(position, self.blocks, seed=seed, epoch=epoch)
         return _gather(self._train, blocks, self.sequence_length)
 

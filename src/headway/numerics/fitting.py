@@ -126,7 +126,7 @@ class PowerLaw:
     identified: bool = True
 
     def predict(self, x: ArrayLike) -> Any:
-        """y at `x` > 0: a float for a float, else an array."""
+        """Y at `x` > 0: a float for a float, else an array."""
         value = self.c + self.a * np.asarray(x, dtype=float) ** -self.b
         return float(value) if np.ndim(x) == 0 else value
 
@@ -135,7 +135,9 @@ class PowerLaw:
         if self.a == 0:
             return math.inf
         share = (y - self.c) / self.a
-        return share ** (-1 / self.b) if share > 0 else math.inf
+        # A flat law takes an x beyond the floats.
+        exponent = -math.log(share) / self.b if share > 0 else math.inf
+        return math.exp(exponent) if exponent < 709 else math.inf
 
 
 def fit_power_law(
@@ -215,9 +217,7 @@ def observations(x: ArrayLike, y: ArrayLike, *, minimum: int = 1, x_name: str = 
     """
     xs, ys = np.array(x, dtype=float), np.array(y, dtype=float)
     if xs.ndim != 1 or xs.shape != ys.shape:
-        raise ValueError(
-            f"{x_name} and {y_name} must be sequences of one length, got shapes {xs.shape} and {ys.shape}"
-        )
+        raise ValueError(f"{x_name} and {y_name} must be sequences of one length, got shapes {xs.shape} and {ys.shape}")
     if len(xs) < minimum:
         raise ValueError(f"{x_name} must hold at least {minimum} values, got {len(xs)}")
     for name, values in ((x_name, xs), (y_name, ys)):

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.optim.checks import refuse_complex, refuse_sharded, require_finite
 from headway.numerics.curvature import hessian_diagonal, rademacher
+from headway.optim.checks import refuse_complex, refuse_sharded, require_finite
 from headway.optim.state import ExactStateOptimizer
 from headway.optim.subspace import seeded_generator
 

@@ -20,8 +20,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.kernels.adam import adam_
 from headway.kernels.select import clamp_magnitude_
-from headway.optim.checks import gradients, local, require_finite
 from headway.numerics.curvature import hvp
+from headway.optim.checks import gradients, local, require_finite
 from headway.optim.quantile import magnitude_quantile
 from headway.optim.wrapper import OptimizerWrapper
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.optim.checks import refuse_complex, refuse_sharded
 from headway.numerics.curvature import hessian, hvp
+from headway.optim.checks import refuse_complex, refuse_sharded
 from headway.optim.damped_solve import SOLVERS, Curvature, DampedSystem, LinearOperator, LowRank, Metric
 
 __all__ = [

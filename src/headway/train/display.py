@@ -55,7 +55,7 @@ class Display:
             self._progress.update(self._task, completed=progress.done, total=progress.total)
 
     def start(self, done: int, total: int) -> None:
-        """Begin showing the steps of training."""
+        """Begin showing the steps of training, or begin anew with another total."""
         self._close()
         if self._live:
             self._progress = Progress(

@@ -1,8 +1,9 @@
 """The training loop: every part is a method that the configuration chose.
 
-For step s of the run: the batch is a pure function of (seed, s); it is split over the workers and
-into micro-batches whose gradients add up; the gradient is clipped; optimizer and schedule step; every
-now and then the model is evaluated and a checkpoint taken.
+For each step of the run: the batch is a pure function of (seed, samples seen so far, size of the batch); it is
+split over the workers and into micro-batches whose gradients add up; the gradient is clipped; optimizer and
+schedule step; every now and then the model is evaluated and a checkpoint taken. The schedules of the learning rate
+and of the batch size stand where the spent part of the budget puts them, be it in steps, tokens or seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import headway
 from headway.config import Config
-from headway.config.methods import build_optimizer, build_schedule
+from headway.config.methods import build_batch_schedule, build_optimizer, build_schedule
 from headway.data import Corpus
 from headway.resilience import CheckpointError, CheckpointStore
 from headway.snapshot import rng_state, set_rng_state
@@ -37,6 +38,9 @@ from headway.train.run import MetricsLog, RunFolder
 from headway.train.workers import Workers
 
 __all__ = ["Result", "Trainer"]
+
+# A budget of time becomes steps after this many, by the time that the last half of them took: the first compiles.
+TIMED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,8 @@ class Trainer:
     display: Display = field(default_factory=lambda: Display(quiet=True))
 
     def __post_init__(self) -> None:
-        train, batch = self.config.train, self.config.batch
-        if batch.size % self.workers.count:
-            raise TrainError(f"batch.size must be a multiple of the workers ({self.workers.count}), got {batch.size}")
-        share = batch.size // self.workers.count
-        self.micro_batch = batch.micro_batch or share
-        if share % self.micro_batch:
-            raise TrainError(
-                f"batch.micro_batch must divide a worker's share of the batch ({share}), got {self.micro_batch}"
-            )
-        self.accumulation = share // self.micro_batch
+        train = self.config.train
+        self.micro_batch = self._micro_batch()
         self.device = self.workers.device(train.device)
         threads = train.threads or max(1, _cores() // self.workers.local_count)
         torch.set_num_threads(threads)
@@ -82,7 +78,21 @@ class Trainer:
         torch.manual_seed(train.seed + self.workers.rank)
         self.precision = _precision(train.precision, self.device, self.display)
         self.optimizer = build_optimizer(self.config.optimizer, self.model)
-        self.schedule = build_schedule(self.config.schedule, self.optimizer, train.steps)
+        self.budget = self.config.budget
+        self.total_steps = self.config.nominal_steps
+        self.timed: tuple[int, float] | None = None  # step and elapsed time at which a budget of time became steps
+        self.schedule = build_schedule(self.config.schedule, self.optimizer, self.total_steps)
+        self.batch = build_batch_schedule(
+            self.config.batch,
+            size=self.config.batch.size,
+            workers=self.workers.count,
+            unit=self.micro_batch * self.workers.count,
+        )
+        if self.batch.needs == "chunks" and self.batch.size < 2 * self.micro_batch:
+            raise TrainError(
+                f"batch schedule '{self.config.batch.name}' compares micro-batches: batch.micro_batch must be at most "
+                f"half of batch.size ({self.batch.size}), got {self.config.batch.micro_batch or self.micro_batch}"
+            )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
         self.twice = getattr(self.optimizer, "step_protocol", "gradients") == "graph"
@@ -99,7 +109,8 @@ class Trainer:
             self.objective = DistributedDataParallel(self.objective)
 
         self.step = self.tokens = 0
-        self.seconds = 0.0
+        self.seconds = self.elapsed = 0.0  # in steps alone, and all in all
+        self._clock = time.perf_counter()  # less what had elapsed before
         self.validation_loss = math.nan
         self.interrupted = False
         self.log: MetricsLog | None = None
@@ -123,22 +134,71 @@ class Trainer:
             self.log = MetricsLog(self.run, after=self.step, warn=self.display.warn)
             for kind, text in self.events:
                 self._record({"step": self.step, "event": kind, "text": text})
-        self.display.start(self.step, config.train.steps)
+        self.display.start(self.step, self.total_steps)
         self.model.train()
+        self._clock = time.perf_counter() - self.elapsed
+        published = set(getattr(self.schedule, "checkpoints", ()))
         try:
             with self._interruptible(), _deterministic(self.device):
-                while self.step < config.train.steps and not self.interrupted:
+                while not self.done and not self.interrupted:
                     self._one_step()
-                    done = self.step == config.train.steps
-                    if done or _due(self.step, config.train.evaluate_every):
+                    publish = self.step in published and not self.done
+                    if self.done or publish or _due(self.step, config.train.evaluate_every):
                         self.evaluate()
-                    if done or self.interrupted or _due(self.step, config.checkpoint.every):
+                    if self.done or publish or self.interrupted or _due(self.step, config.checkpoint.every):
                         self.save()
+                    if publish:
+                        self.publish()
         finally:
             self.display.close()
             if self.log is not None:
                 self.log.close()
         return Result(self.step, self.validation_loss, self.interrupted)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is spent: one more step of the present batch would go beyond it."""
+        if self.budget.seconds:
+            return self.elapsed >= self.budget.seconds
+        if self.budget.tokens:
+            return self.tokens + self.batch.size * self.corpus.sequence_length > self.budget.tokens
+        return self.step >= self.budget.steps
+
+    def position(self) -> int:
+        """The step of the schedule that the spent part of the budget stands for."""
+        if self.budget.steps:
+            return self.step
+        last = self.total_steps - 1  # what is read while there is another step to take
+        if self.budget.tokens:
+            assert self.budget.tokens_per_step is not None
+            return min(last, int(self.tokens / self.budget.tokens_per_step))
+        if self.timed is None:
+            return self.step
+        step, elapsed = self.timed
+        share = (self.elapsed - elapsed) / max(self.budget.seconds - elapsed, 1e-9)
+        return min(last, step + int(share * (self.total_steps - step)))
+
+    def publish(self) -> None:
+        """Keep the model as it is now beside the run's final one."""
+        if self.run is None or self.workers.rank > 0:
+            return
+        folder = self.run.published(self.step)
+        with self.evaluation_point():
+            self.model.save_pretrained(folder)
+            self.corpus.tokenizer().save_pretrained(folder)
+        self.display.note(f"model of step {self.step}: {folder}")
+
+    def _micro_batch(self) -> int:
+        """Sequences per forward pass."""
+        batch = self.config.batch
+        if batch.size % self.workers.count:
+            raise TrainError(f"batch.size must be a multiple of the workers ({self.workers.count}), got {batch.size}")
+        share = batch.size // self.workers.count
+        if batch.micro_batch and share % batch.micro_batch:
+            raise TrainError(
+                f"batch.micro_batch must divide a worker's share of the batch ({share}), got {batch.micro_batch}"
+            )
+        return batch.micro_batch or share
 
     def _prepare_double_backward(self) -> None:
         """Set up what an optimizer needs that differentiates the gradient."""
@@ -152,32 +212,36 @@ class Trainer:
 
     def _one_step(self) -> None:
         start = time.perf_counter()
-        loss = self._backward()  # this worker's mean loss; its gradients, averaged over the workers, are in .grad
+        size = self.batch.size
+        # This worker's mean loss; its gradients, averaged over the workers, are in .grad.
+        loss = self._probing_backward() if self.batch.due(self.step) else self._backward()
         clip = self.config.train.clip_norm
         if clip:
             norm = nn.utils.clip_grad_norm_(self.parameters, clip)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        lr = self.schedule.get_last_lr()[0]
-        total, stopped = self.workers.sum(loss.item(), float(self.interrupted))
+        lr = self.schedule.get_last_lr()[0] * self.batch.lr_factor
+        elapsed = time.perf_counter() - self._clock
+        total, stopped, elapsed = self.workers.sum(loss.item(), float(self.interrupted), elapsed)
+        self.elapsed = elapsed / self.workers.count  # the workers must agree on it
         loss_value, grad_norm = total / self.workers.count, norm.item()
         self.interrupted = stopped > 0
 
         if math.isfinite(loss_value) and math.isfinite(grad_norm):
-            self.optimizer.step()
+            with _scaled(self.optimizer, self.batch.lr_factor):
+                self.optimizer.step()
             if getattr(self.optimizer, "hybrid", None) is not None:  # decides by the loss, as MKOR-H does
                 self.optimizer.observe(loss_value)
         else:
             self._nonfinite(loss_value, grad_norm)
         self.optimizer.zero_grad()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of")  # the very first step may have been left out
-            self.schedule.step()
-
         self.step += 1
-        seconds = time.perf_counter() - start
-        tokens = self.config.batch.size * self.corpus.sequence_length
+        tokens = size * self.corpus.sequence_length
         self.tokens += tokens
+        if self.budget.seconds and self.timed is None:
+            self._time_the_budget()
+        self._advance()
+        seconds = time.perf_counter() - start
         self.seconds += seconds
         self._record(
             {
@@ -185,35 +249,99 @@ class Trainer:
                 "loss": loss_value,
                 "lr": lr,
                 "grad_norm": grad_norm,
+                "batch": size,
                 "tokens": self.tokens,
                 "tokens_per_second": tokens / seconds,
                 "seconds": self.seconds,
+                "elapsed": time.perf_counter() - self._clock,
                 "step_seconds": seconds,
                 "memory_mb": _memory_mb(self.device),
             }
         )
 
+    def _advance(self) -> None:
+        """Bring the schedules to where the spent part of the budget puts them."""
+        position = self.position()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of")  # the very first step may have been left out
+            while self.schedule.last_epoch < position:
+                self.schedule.step()
+        self.batch.advance(min(1.0, position / self.total_steps))
+
+    def _time_the_budget(self) -> None:
+        """Turn a budget of time into steps, once some have been timed, and lay the schedule out anew."""
+        if self.step == TIMED_STEPS // 2:
+            self._half = self.elapsed
+        if self.step < TIMED_STEPS:
+            return
+        per_step = (self.elapsed - self._half) / (TIMED_STEPS - TIMED_STEPS // 2)
+        left = max(0.0, self.budget.seconds - self.elapsed)
+        self.total_steps = max(self.step + 1, self.step + round(left / per_step))
+        self.timed = (self.step, self.elapsed)
+        self._lay_out()
+        self.display.start(self.step, self.total_steps)
+
+    def _lay_out(self) -> None:
+        """The schedule for `total_steps`, from its first step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.pop("initial_lr", group["lr"])
+        try:
+            self.schedule = build_schedule(self.config.schedule, self.optimizer, self.total_steps)
+        except ValueError as error:
+            raise TrainError(
+                f"train.budget = {str(self.budget)!r} has room for {self.total_steps} steps on this machine: {error}"
+            ) from error
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """The step's micro-batches of this worker."""
+        share = self.batch.size // self.workers.count
+        first = self.tokens // self.corpus.sequence_length + self.workers.rank * share
+        inputs, targets = self.corpus.samples(first, share, seed=self.config.train.seed)
+        return list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
+
     def _backward(self) -> Tensor:
-        inputs, targets = self.corpus.batch(
-            self.step,
-            batch_size=self.config.batch.size,
-            seed=self.config.train.seed,
-            rank=self.workers.rank,
-            world_size=self.workers.count,
-        )
+        parts = self._parts()
         total = torch.zeros((), device=self.device)
-        parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
-        for index, (x, y) in enumerate(parts):
-            last = index == self.accumulation - 1
-            with contextlib.ExitStack() as stack:
-                if isinstance(self.objective, DistributedDataParallel) and not last:
-                    stack.enter_context(self.objective.no_sync())
-                loss = self._loss(x.to(self.device), y.to(self.device)) / self.accumulation
-                with warnings.catch_warnings():
-                    # The cycle between parameter and gradient that it warns of ends with zero_grad().
-                    warnings.filterwarnings("ignore", "Using backward")
-                    loss.backward(create_graph=self.twice)
-            total += loss.detach()
+        for index, part in enumerate(parts):
+            total += self._backward_part(part, len(parts), synchronise=index == len(parts) - 1)
+        return total
+
+    def _backward_part(self, part: tuple[Tensor, Tensor], count: int, synchronise: bool) -> Tensor:
+        """The share of one of `count` micro-batches in the mean loss; its gradients are added to .grad."""
+        x, y = part
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.objective, DistributedDataParallel) and not synchronise:
+                stack.enter_context(self.objective.no_sync())
+            loss = self._loss(x.to(self.device), y.to(self.device)) / count
+            with warnings.catch_warnings():
+                # The cycle between parameter and gradient that it warns of ends with zero_grad().
+                warnings.filterwarnings("ignore", "Using backward")
+                loss.backward(create_graph=self.twice)
+        return loss.detach()
+
+    def _probing_backward(self) -> Tensor:
+        """As `_backward`; the gradient of every micro-batch is looked at by itself, for the batch schedule."""
+        from headway.schedules.gradient_noise import chunk_stats
+
+        parts = self._parts()
+        total, squares = torch.zeros((), device=self.device), 0.0
+        sums: list[Tensor] | None = None
+        for part in parts:
+            total += self._backward_part(part, len(parts), synchronise=False)
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+            squares += _square_norm(grads) * len(parts) ** 2
+            if sums is None:
+                sums = grads
+            else:
+                torch._foreach_add_(sums, grads)
+            self.optimizer.zero_grad()
+        assert sums is not None
+        self.workers.average(sums)
+        for parameter, grad in zip(self.parameters, sums, strict=True):
+            parameter.grad = grad
+        (squares,) = self.workers.sum(squares)
+        chunks = len(parts) * self.workers.count
+        self.batch.update(chunk_stats([squares / chunks] * chunks, _square_norm(sums), self.micro_batch))
         return total
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -262,7 +390,8 @@ class Trainer:
                     count += y.numel()
         total, count = self.workers.sum(total, count)
         self.validation_loss = total / count
-        self._record({"step": self.step, "validation_loss": self.validation_loss})
+        elapsed = time.perf_counter() - self._clock
+        self._record({"step": self.step, "validation_loss": self.validation_loss, "elapsed": elapsed})
         return self.validation_loss
 
     @contextlib.contextmanager
@@ -287,7 +416,11 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "batch": self.batch.state_dict(),
             "progress": {
+                "total_steps": self.total_steps,
+                "timed": self.timed,
+                "elapsed": self.elapsed,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "validation_loss": self.validation_loss,
@@ -309,15 +442,34 @@ class Trainer:
             raise TrainError(f"the text of data.source {self.config.data.source!r} is not what this run was trained on")
         self.model.load_state_dict(restored.state["model"])
         self.optimizer.load_state_dict(restored.state["optimizer"])
+        laid_out = progress.get("total_steps", self.total_steps)
+        if self.budget.seconds and progress.get("timed"):
+            self.timed = tuple(progress["timed"])
+            self.total_steps = laid_out
+            self._lay_out()
         self.schedule.load_state_dict(restored.state["schedule"])
+        if self.total_steps > laid_out:
+            self._extend(laid_out)
+        if "batch" in restored.state:
+            self.batch.load_state_dict(restored.state["batch"])
         if restored.rank_state is not None:
             set_rng_state(restored.rank_state)
         self.step, self.tokens = restored.step, progress["tokens"]
         self.seconds, self.validation_loss = progress["seconds"], progress["validation_loss"]
+        self.elapsed = progress.get("elapsed", self.seconds)
         self.events = [("checkpoint damaged", f"checkpoint passed over: {text}") for text in restored.skipped]
         self.events.append(("resumed", f"resumed from the checkpoint at step {self.step}"))
         for _, text in self.events:
             self.display.note(text)
+
+    def _extend(self, laid_out: int) -> None:
+        """Let a schedule that was laid out for fewer steps go on."""
+        if not hasattr(self.schedule, "extend"):
+            raise TrainError(
+                f"schedule '{self.config.schedule.name}' was laid out for {laid_out:,} steps and cannot be extended to "
+                f"{self.total_steps:,}: only schedules made for it can (wsd-s)"
+            )
+        self.schedule.extend(self.total_steps)
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on."""
@@ -383,6 +535,26 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def _scaled(optimizer: Any, factor: float) -> Iterator[None]:
+    """The optimizer with every rate multiplied; afterwards the rates are the schedule's again."""
+    if factor == 1.0:
+        yield
+        return
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+    try:
+        yield
+    finally:
+        for group, lr in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = lr
+
+
+def _square_norm(tensors: list[Tensor]) -> float:
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum().item()
 
 
 def _due(step: int, every: int) -> bool:

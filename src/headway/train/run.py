@@ -18,7 +18,7 @@ __all__ = ["MetricsLog", "RunFolder"]
 
 class RunFolder:
     """The files of a run: `config.toml`, `environment.json`, `metrics.jsonl`, `samples.jsonl`,
-    `checkpoints/`, `tensorboard/`, `model/`, `report.html`.
+    `checkpoints/`, `tensorboard/`, `model/` (and `models/`, kept before the end), `report.html`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -71,6 +71,16 @@ class RunFolder:
     def complete(self) -> bool:
         """Whether the run has written its model."""
         return (self.model / "config.json").is_file()
+
+    def published(self, step: int) -> Path:
+        """The folder of a model that was kept at a step before the run's end."""
+        return self.path / "models" / f"step-{step:06d}"
+
+    def keep_model(self, step: int) -> None:
+        """Move the final model of a run that goes on to where those kept before the end are."""
+        if self.complete:
+            self.published(step).parent.mkdir(exist_ok=True)
+            os.replace(self.model, self.published(step))
 
     def write_json(self, path: Path, value: Any) -> None:
         """Replace a small file in one step."""

@@ -99,7 +99,7 @@ def _run_connected(
     display.note(
         f"model: {parameters / 1e6:.2f} M parameters, {trainer.precision}; "
         f"data: {corpus.train_tokens:,} training tokens from {config.data.source}; "
-        f"{config.train.steps:,} steps of {config.batch.size * config.data.sequence_length:,} tokens"
+        f"{config.budget}, {config.batch.size * config.data.sequence_length:,} tokens per step"
     )
     result = trainer.train()
     if workers.rank == 0:

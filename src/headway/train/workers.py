@@ -76,6 +76,16 @@ class Workers:
         dist.all_reduce(numbers)
         return numbers.tolist()
 
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each of the tensors by its mean over the workers, in one collective."""
+        if self.count == 1:
+            return
+        flat = torch._utils._flatten_dense_tensors(tensors)
+        dist.all_reduce(flat)
+        flat /= self.count
+        for tensor, mean in zip(tensors, torch._utils._unflatten_dense_tensors(flat, tensors), strict=True):
+            tensor.copy_(mean)
+
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on all workers."""
         if self.count == 1:
