@@ -4,4 +4,9 @@ The package itself imports nothing heavy. Methods live in the packages of their 
 (`headway.optim`, `headway.schedules`, ...) and are listed in `headway.catalogue`.
 """
 
+import time
+
 __version__ = "0.1.0"
+
+# When this process began to use the package, by `time.perf_counter`: a run's report tells what the whole command took.
+started = time.perf_counter()

@@ -111,7 +111,7 @@ def _searched(seed: int) -> tuple[list[Stage], list[float], int]:
     )
     losses = [float(_loss(weight.detach()))]
     while controller.applied_steps < STEPS:
-        applied = controller.phase == "train"
+        applied = controller.phase != "search"
         loss = _loss(weight.detach())
         weight.grad = _noisy_gradient(weight.detach(), generator)
         optimizer.step()

@@ -8,7 +8,7 @@ A synthetic curve checks the equations, another one what the anchor does with a 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from headway.claims import Check, Outcome, Panel
 __all__ = ["claim"]
 
 STEP, LAST, PREFIX = 50, 1400, 10
+SIZES = tuple(range(STEP, LAST + 1, STEP))
 LIMIT = 0.6
 BAD_LEVEL, BAD_POINTS = 12, -8.0
 
@@ -28,25 +29,26 @@ def predictor(**options: Any) -> LearningCurve:
     return LearningCurve(**options)
 
 
-def claim(seed: int = 0, permutations: int = 10) -> Outcome:
+def claim(seed: int = 0, permutations: int = 10, sizes: Sequence[int] = SIZES) -> Outcome:
     """Predictions from 500 examples land within 0.6 points, and closer than carrying the last value forward.
 
     Args:
         seed: start of the shuffles' seeds, and of the synthetic noise.
         permutations: shuffles to average over.
+        sizes: training-set sizes; the first ten are the prefix, the last is predicted.
 
     Raises:
         ImportError: scikit-learn is missing; the message says what brings it.
     """
-    sizes = np.arange(STEP, LAST + 1, STEP, dtype=float)
     checks = [_exact()]
     panels = []
     for name, accuracy in _accuracies(sizes, seed, permutations).items():
-        curve = predictor().fit(sizes[:PREFIX], accuracy[:PREFIX])
+        x = [float(size) for size in sizes]
+        curve = predictor().fit(x[:PREFIX], accuracy[:PREFIX])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             predicted = curve.predict(float(LAST))
-            line = curve.predict(sizes).tolist()
+            line = curve.predict(np.array(x)).tolist()
         error, carried = float(abs(predicted - accuracy[-1])), float(abs(accuracy[PREFIX - 1] - accuracy[-1]))
         what = f"{name}: error at {LAST} examples in points, from {PREFIX * STEP}"
         checks.append(Check(what, error, "<=", LIMIT, carried))
@@ -58,7 +60,7 @@ def claim(seed: int = 0, permutations: int = 10) -> Outcome:
                 f"{name}, predicted from {PREFIX * STEP} examples",
                 "training examples",
                 "test accuracy in percent",
-                {"predicted": (sizes.tolist(), line), "measured": (sizes.tolist(), accuracy.tolist())},
+                {"predicted": (x, line), "measured": (x, accuracy.tolist())},
                 styles={"measured": "points"},
                 marks=[float(PREFIX * STEP)],
             )
@@ -103,7 +105,7 @@ def _moved_by_a_bad_observation(seed: int, anchor: bool) -> float:
     return abs(predictor(anchor=anchor).fit(x, bad).asymptote_ - predictor(anchor=anchor).fit(x, clean).asymptote_)
 
 
-def _accuracies(sizes: np.ndarray, seed: int, permutations: int) -> dict[str, np.ndarray]:
+def _accuracies(sizes: Sequence[int], seed: int, permutations: int) -> dict[str, np.ndarray]:
     """Mean test accuracy in percent of each classifier at each size."""
     try:
         from sklearn.datasets import load_digits
@@ -123,6 +125,6 @@ def _accuracies(sizes: np.ndarray, seed: int, permutations: int) -> dict[str, np
         order = np.random.default_rng(1000 * seed + permutation).permutation(len(bunch.target))
         x, y = bunch.data[order], bunch.target[order]
         for name, make in makers.items():
-            for i, size in enumerate(sizes.astype(int)):
+            for i, size in enumerate(sizes):
                 totals[name][i] += 100 * make().fit(x[:size], y[:size]).score(x[LAST:], y[LAST:])
     return {name: total / permutations for name, total in totals.items()}

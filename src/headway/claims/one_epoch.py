@@ -1,9 +1,10 @@
 """Ten epochs on a tenth of the data against one epoch on all of it, at the same number of iterations.
 
 A stream without end: x ~ N(0, I) in 32 dimensions, labels drawn from softmax(1.2 tanh(x W1) W2) with fixed random W1
-(32 x 24) and W2 (24 x 10). A 32-64-10 tanh network is trained by Adam for 3000 batches of 32: run A on 9 600 samples
-ten times over, run B on 96 000 once. All runs, A and B, at two learning rates and of several seeds, are one batched
-computation. The planner's identities are checked beside it.
+(32 x 24) and W2 (24 x 10). A 32-64-10 ReLU network is trained by Adam for 3000 batches of 32: run A on 9 600 samples
+ten times over, run B on 96 000 once. The test loss is the mean over 8 000 samples, with the expectation over their
+labels: drawn labels alone would give it a standard error of 0.015, half of what the check allows. All runs, at two
+learning rates and of several seeds, are one batched computation. The planner's identities are checked beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ EPOCHS = 10
 BATCH = 32
 TEST_ROWS = 8000
 LAST = 500
-EVERY = 20
+EVERY = 50
 
 
 def claim(seed: int = 0, *, steps: int = 3000, seeds: int = 3) -> Outcome:
@@ -33,7 +34,7 @@ def claim(seed: int = 0, *, steps: int = 3000, seeds: int = 3) -> Outcome:
 
     Args:
         seed: start of the sequence of seeds for data, initial weights and order.
-        steps: iterations of every run, a multiple of 20; 3000 in the claim.
+        steps: iterations of every run, a multiple of 50; 3000 in the claim.
         seeds: runs per learning rate.
     """
     runs = [(lr, 1000 * seed + number) for lr in LEARNING_RATES for number in range(seeds)]
@@ -47,7 +48,7 @@ def claim(seed: int = 0, *, steps: int = 3000, seeds: int = 3) -> Outcome:
         share = evaluated[int(reached[0])] / steps if len(reached) else math.inf
         names.append(f"lr {lr:g}, seed {number}")
         checks.append(
-            Check(f"{names[-1]}: iterations of one epoch to the final test loss of ten", share, "<=", 2 / 3, 1)
+            Check(f"{names[-1]}: share of the iterations to the test loss of ten epochs", share, "<=", 2 / 3, 1)
         )
     for index, name in enumerate(names):
         repeated = float(gap[0, index])
@@ -79,19 +80,19 @@ def claim(seed: int = 0, *, steps: int = 3000, seeds: int = 3) -> Outcome:
             )
         )
     return Outcome(
-        statement="One epoch over ten times the data reaches the same test loss in fewer iterations, without overfitting.",
-        paper="One epoch instead of ten speeds training up 1.9 to 3.3 times, adjusting the size 1 to 2.7 times, both 3.3 "
-        "to 5.1 times; one epoch does not overfit (abstract).",
+        statement="One epoch on ten times the data reaches the same test loss sooner and does not overfit.",
+        paper="One epoch instead of ten speeds training up 1.9 to 3.3 times, adjusting the size 1 to 2.7 times, both "
+        "3.3 to 5.1 times; one epoch does not overfit (abstract).",
         checks=checks,
         panels=panels,
     )
 
 
 def _train(runs: list[tuple[float, int]], steps: int) -> tuple[Tensor, Tensor]:
-    """Training loss of every batch (2, runs, steps) and test loss every 20 (2, runs, steps / 20), of ten and one epoch."""
+    """Training loss of every batch (2, runs, steps) and test loss at every evaluation, of ten epochs and of one."""
     rows = steps * BATCH
     data = [_data(rows + TEST_ROWS, seed) for _, seed in runs]
-    x, y = torch.stack([part for part, _ in data]), torch.stack([part for _, part in data])  # [runs, rows, 32]
+    x, y, chances = (torch.stack(parts) for parts in zip(*data, strict=True))  # [runs, rows, 32 or none or 10]
     initial = [_weights(seed) for _, seed in runs]
     # One group per learning rate; its tensors stack A and B, then the seeds: [2, seeds, in, out].
     groups, slices = [], []
@@ -102,7 +103,7 @@ def _train(runs: list[tuple[float, int]], steps: int) -> tuple[Tensor, Tensor]:
         slices.append(slice(members[0], members[-1] + 1))
     optimizer = torch.optim.Adam(groups)
     orders = [[_epochs(rows, seed), _one_epoch(rows, seed)] for _, seed in runs]
-    test_x, test_y = x[:, rows:], y[:, rows:]
+    test_x, test_chances = x[:, rows:], chances[:, rows:]
     train_losses, test_losses = [], []
     each = torch.arange(len(runs))[:, None]
     for step in range(1, steps + 1):
@@ -124,7 +125,7 @@ def _train(runs: list[tuple[float, int]], steps: int) -> tuple[Tensor, Tensor]:
                 test_losses.append(
                     torch.cat(
                         [
-                            _losses(group["params"], test_x[None, part], test_y[None, part])
+                            _test_losses(group["params"], test_x[part], test_chances[part])
                             for group, part in zip(optimizer.param_groups, slices, strict=True)
                         ],
                         dim=1,
@@ -133,21 +134,28 @@ def _train(runs: list[tuple[float, int]], steps: int) -> tuple[Tensor, Tensor]:
     return torch.stack(train_losses, dim=-1), torch.stack(test_losses, dim=-1)
 
 
-def _losses(weights: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of each network on its own rows x (2, seeds, rows, 32): (2, seeds)."""
+def _log_chances(weights: list[Tensor], x: Tensor) -> Tensor:
+    """Log p of each network, A and B, for rows x (2 or 1, seeds, rows, 32): (2, seeds, rows, 10)."""
     first, bias, second, offset = weights
-    logits = torch.tanh(x @ first + bias) @ second + offset
-    y = y.expand(logits.shape[:-1])
-    return -logits.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1).mean(-1)
+    return (torch.relu(x @ first + bias) @ second + offset).log_softmax(-1)
 
 
-def _data(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+def _losses(weights: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return -_log_chances(weights, x).gather(-1, y[..., None]).squeeze(-1).mean(-1)
+
+
+def _test_losses(weights: list[Tensor], x: Tensor, chances: Tensor) -> Tensor:
+    return -(_log_chances(weights, x[None]) * chances).sum(-1).mean(-1)
+
+
+def _data(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (rows, 32), labels (rows,) and the chances that they were drawn with (rows, 10)."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(32, 24, generator=generator) * 1.5 / math.sqrt(32)
     second = torch.randn(24, 10, generator=generator) * 0.9
     x = torch.randn(rows, 32, generator=generator)
     chances = (1.2 * torch.tanh(x @ first) @ second).softmax(-1)
-    return x, torch.multinomial(chances, 1, generator=generator).squeeze(1)
+    return x, torch.multinomial(chances, 1, generator=generator).squeeze(1), chances
 
 
 def _weights(seed: int) -> list[Tensor]:

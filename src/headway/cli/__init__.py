@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from headway import __version__
-from headway.cli import generate, methods, scale_fit, train, verify
+from headway.cli import generate, methods, plan, scale_fit, train, verify
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.add_typer(plan.app, name="plan")
 app.add_typer(methods.app, name="methods")
 app.command("verify")(verify.verify)
 app.command("scale-fit")(scale_fit.scale_fit)

@@ -94,7 +94,7 @@ class AutoLRS:
 
     Args:
         model: its `state_dict` is part of the snapshot.
-        optimizer: likewise; its groups' `lr` (tensors are filled in place) are set at once and after every step.
+        optimizer: likewise; its groups' `lr` are set after every step (tensors are filled in place).
         lr_min: smallest rate tried, > 0. Orders of magnitude that are never right cost trials.
         lr_max: largest rate tried, > lr_min. Diverging trials are harmless.
         val_fn: () -> validation loss, of the same kind as the training loss; called on all ranks. Default None:
@@ -107,8 +107,9 @@ class AutoLRS:
             the trials spread over the range.
         judge: "auto" (see above), "training" or "validation" for all stages. Default "auto".
         smoother: of the `ExponentialForecaster`. Default "outliers".
-        warmup_steps: steps of a linear warm-up from 0 before the first stage. Default 0.
-        warmup_lr: the rate at its end. Default None: the geometric mean of the range.
+        warmup_steps: steps before the first stage, >= 1: step 0 at the optimizer's own rate, which the constructor
+            leaves alone, step t at (t + 1) / warmup_steps of `warmup_lr`. Default 1.
+        warmup_lr: the rate of the last of them. Default None: the geometric mean of the range.
         snapshot: "memory" (one more copy of model and optimizer, on their device, during searches) or the path of
             a file, which is removed after each search; under /dev/shm it is host memory. Ranks other than 0 append
             their number.
@@ -127,9 +128,9 @@ class AutoLRS:
     the process sees its candidates on a grid of 257 rates.
 
     >>> weight = torch.nn.Parameter(torch.ones(1))
-    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> optimizer = torch.optim.SGD([weight], lr=0.001)
     >>> controller = AutoLRS(torch.nn.ParameterList([weight]), optimizer, 0.001, 4.0, tau=80, tau_max=80, trials=5)
-    >>> while controller.applied_steps < 80:
+    >>> while controller.applied_steps < 81:
     ...     loss = (weight**2).sum() / 2
     ...     optimizer.zero_grad()
     ...     loss.backward()
@@ -150,7 +151,7 @@ class AutoLRS:
         "kappa": Range(low=0),
         "judge": OneOf("auto", "training", "validation"),
         "smoother": OneOf("outliers", "spline-official"),
-        "warmup_steps": Range(low=0, integer=True),
+        "warmup_steps": Range(low=1, integer=True),
         "warmup_lr": Range(low=0, low_open=True, optional=True),
         "seed": Range(low=0, integer=True),
     }
@@ -170,7 +171,7 @@ class AutoLRS:
         kappa: float = 1000.0,
         judge: str = "auto",
         smoother: str = "outliers",
-        warmup_steps: int = 0,
+        warmup_steps: int = 1,
         warmup_lr: float | None = None,
         snapshot: str | Path = "memory",
         extra_state: Sequence[Stateful] = (),
@@ -228,10 +229,6 @@ class AutoLRS:
         self._count = 0  # steps of the warm-up, the trial or the stage
         self._rates: list[float] = []
         self._forecasts: list[float] = []
-        if warmup_steps:
-            self._set_lr(self.warmup_lr / warmup_steps)
-        else:
-            self._begin_stage()
 
     @property
     def trial_steps(self) -> int:
@@ -513,7 +510,7 @@ def drive(
     ...     return loss
     >>> stages = drive(train_step, None, torch.nn.ParameterList([weight]), optimizer, 0.01, 1, total_steps=240, tau=80)
     >>> [(stage.start, stage.tau, stage.trial_steps) for stage in stages]
-    [(0, 80, 8), (80, 160, 16)]
+    [(1, 80, 8), (81, 160, 16)]
     """
     check_arguments({"total_steps": Range(low=1, integer=True)}, total_steps=total_steps)
     controller = AutoLRS(model, optimizer, lr_min, lr_max, val_fn=val_fn, **options)

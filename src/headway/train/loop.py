@@ -109,7 +109,7 @@ class Trainer:
             self.objective = DistributedDataParallel(self.objective)
 
         self.step = self.tokens = 0
-        self.seconds = self.elapsed = 0.0  # in steps alone, and all in all
+        self.seconds = self.elapsed = self.elapsed_here = 0.0  # in steps alone, all in all, and in this process
         self._clock = time.perf_counter()  # less what had elapsed before
         self.validation_loss = math.nan
         self.interrupted = False
@@ -136,7 +136,8 @@ class Trainer:
                 self._record({"step": self.step, "event": kind, "text": text})
         self.display.start(self.step, self.total_steps)
         self.model.train()
-        self._clock = time.perf_counter() - self.elapsed
+        entered = time.perf_counter()
+        self._clock = entered - self.elapsed
         published = set(getattr(self.schedule, "checkpoints", ()))
         try:
             with self._interruptible(), _deterministic(self.device):
@@ -150,6 +151,8 @@ class Trainer:
                     if publish:
                         self.publish()
         finally:
+            self.elapsed_here = time.perf_counter() - entered
+            self.elapsed = time.perf_counter() - self._clock
             self.display.close()
             if self.log is not None:
                 self.log.close()
@@ -256,6 +259,7 @@ class Trainer:
                 "elapsed": time.perf_counter() - self._clock,
                 "step_seconds": seconds,
                 "memory_mb": _memory_mb(self.device),
+                "peak_memory_mb": _peak_memory_mb(self.device),
             }
         )
 
@@ -391,7 +395,14 @@ class Trainer:
         total, count = self.workers.sum(total, count)
         self.validation_loss = total / count
         elapsed = time.perf_counter() - self._clock
-        self._record({"step": self.step, "validation_loss": self.validation_loss, "elapsed": elapsed})
+        self._record(
+            {
+                "step": self.step,
+                "validation_loss": self.validation_loss,
+                "elapsed": elapsed,
+                "peak_memory_mb": _peak_memory_mb(self.device),
+            }
+        )
         return self.validation_loss
 
     @contextlib.contextmanager
@@ -595,9 +606,16 @@ def _memory_mb(device: torch.device) -> float:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     except OSError:
-        import resource
+        return _peak_memory_mb(device)
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """The most that this process (CPU), or its tensors (GPU), have held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _processor() -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import headway
 from headway.config import Config
 from headway.data import Corpus, listing, prepare
 from headway.train import TrainError
@@ -105,6 +107,12 @@ def _run_connected(
     if workers.rank == 0:
         if not result.interrupted:
             _finish(trainer, run, display)
+            # What this process did outside the loop, and all that the loop ever did: resumed runs add up.
+            outside = time.perf_counter() - headway.started - trainer.elapsed_here
+            run.write_json(
+                run.environment_file,
+                {**trainer.environment(), "whole command, seconds": round(outside + trainer.elapsed, 1)},
+            )
         _report(run, display)
     workers.barrier()
     return run, result

@@ -1,0 +1,1 @@
+"""`headway plan`: measure this machine, propose a run for a budget, and say what it will give."""
