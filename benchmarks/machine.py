@@ -9,12 +9,12 @@ import time
 
 import torch
 
-from headway.train.loop import _processor
+from headway.train.loop import processor
 
 
 def describe() -> str:
     return (
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 

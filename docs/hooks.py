@@ -80,7 +80,7 @@ def configuration_tables(meanings: Mapping[str, Mapping[str, str]]) -> str:
     for name, section in SECTIONS.items():
         schema = section.model_json_schema(by_alias=True)["properties"]
         rows = [
-            (f"`{key}`", _default(section, schema[key]), _accepted(name, section, schema[key]), meanings[name][key])
+            (f"`{key}`", _default(section, key, schema[key]), _accepted(section, key, schema[key]), meanings[name][key])
             for key in section.keys()  # noqa: SIM118  a method of the section, not of a dict
         ]
         table = _table(("key", "default", "accepted", "meaning"), rows)
@@ -98,7 +98,7 @@ def method_page(row: Method) -> str:
     parts = [
         f"# {row.title}",
         row.summary,
-        f"- Slug `{row.slug}`, role {row.role}: section `[{section}]` of a configuration\n"
+        f"- Slug `{row.slug}`, role {row.role}{f': section `[{section}]` of a configuration' if section else ''}\n"
         f"- Paper: {row.paper}, {_arxiv(row)}\n"
         "- Needs " + (f'`pip install "headway[{row.extra}]"`' if row.extra else "nothing beyond the core install"),
         "## Use",
@@ -143,6 +143,8 @@ def claim_section(row: Method) -> str:
 
 def _training(row: Method, section: str) -> list[str]:
     """How `headway train` takes the method, or why it does not."""
+    if not section:
+        return []
     reason = not_trained(row.role, row.load())
     if reason:
         return [f"It {reason}, which `headway train` does not do: use it in a loop of your own."]
@@ -155,12 +157,18 @@ def _training(row: Method, section: str) -> list[str]:
 def _construction(row: Method) -> str:
     """The line of Python that builds the method with what it requires."""
     cls = row.load()
+    result = row.role.rpartition(" ")[2]
     if hasattr(cls, "for_model"):
-        return f"{row.role} = {cls.__name__}.for_model(model)"
+        return f"{result} = {cls.__name__}.for_model(model)"
+    if not inspect.isclass(cls):
+        required = [name for name, given in inspect.signature(cls).parameters.items() if given.default is given.empty]
+        return f"plan = {cls.__name__}({', '.join(required)})"
+    if not inspect.signature(cls).parameters or hasattr(cls, "fit"):
+        return f"{result} = {cls.__name__}()"
     first, *others = inspect.signature(cls).parameters.values()
     required = [f"{other.name}={other.name}" for other in others if other.default is other.empty]
     given = {"params": "model.parameters()"}.get(first.name, first.name)
-    return f"{row.role} = {cls.__name__}({', '.join([given, *required])})"
+    return f"{result} = {cls.__name__}({', '.join([given, *required])})"
 
 
 def _claim(row: Method) -> dict[str, Any] | None:
@@ -180,8 +188,8 @@ def _arxiv(row: Method) -> str:
     return f"[arXiv {row.arxiv}](https://arxiv.org/abs/{row.arxiv})"
 
 
-def _default(section: type, schema: Mapping[str, Any]) -> str:
-    if issubclass(section, MethodSection):
+def _default(section: type, key: str, schema: Mapping[str, Any]) -> str:
+    if issubclass(section, MethodSection) and key == "name":
         return f'`"{next(iter(section.defaults))}"`'
     return f"`{json.dumps(schema['default'])}`"
 
@@ -194,9 +202,10 @@ def _own_options(section: type[MethodSection]) -> str:
     return f" Where `{slug}` is used, {written} unless the configuration says otherwise."
 
 
-def _accepted(name: str, section: type, schema: Mapping[str, Any]) -> str:
-    if issubclass(section, MethodSection):
-        return f"a [slug](methods/index.md) of role {name}"
+def _accepted(section: type, key: str, schema: Mapping[str, Any]) -> str:
+    if issubclass(section, MethodSection) and key == "name":
+        role = next(role.name for role in ROLES.values() if SECTIONS.get(role.section) is section)
+        return f"a [slug](methods/index.md) of role {role}"
     if "enum" in schema:
         return ", ".join(f'`"{value}"`' for value in schema["enum"])
     kind = {
@@ -204,7 +213,7 @@ def _accepted(name: str, section: type, schema: Mapping[str, Any]) -> str:
         "number": "number",
         "string": "text",
         "boolean": "`true`, `false`",
-        "array": "list of text",
+        "array": f"list of {'text' if schema.get('items', {}).get('type') == 'string' else 'numbers'}",
     }[schema["type"]]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[key]:,}" for key, sign in signs.items() if key in schema]

@@ -56,7 +56,7 @@ def test_mixture_is_a_function_of_seed_and_epoch():
 
 
 def test_empty_sources_bad_shares_and_bad_indices_are_refused():
-    with pytest.raises(ValueError, match="real must hold at least one row at synthetic_weight = 0.9"):
+    with pytest.raises(ValueError, match=r"real must hold at least one row at synthetic_weight = 0\.9"):
         MixedDataset([], SYNTHETIC)
     with pytest.raises(ValueError, match="synthetic must hold at least one row"):
         MixedDataset(REAL, [])

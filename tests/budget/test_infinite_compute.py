@@ -28,14 +28,14 @@ def test_the_contract_of_a_planner_holds(options):
 @given(a=st.floats(0.05, 2), b=st.floats(0.2, 1.5), c=st.floats(0.5, 4))
 def test_clean_data_give_their_parameters_back_to_a_thousandth(a, b, c):
     law = PowerLawAsymptote().fit(X, law_values(X, a, b, c))
-    assert (law.A_, law.B_, law.C_) == pytest.approx((a, b, c), abs=1e-3)
+    assert pytest.approx((a, b, c), abs=1e-3) == (law.A_, law.B_, law.C_)
     assert law.identified_
 
 
 def test_units_of_x_do_not_matter_to_exponent_and_asymptote():
     billions, ones = PowerLawAsymptote().fit(X, NOISY), PowerLawAsymptote().fit([1e9 * x for x in X], NOISY)
-    assert ones.B_ == pytest.approx(billions.B_, rel=1e-4)
-    assert ones.C_ == pytest.approx(billions.C_, rel=1e-5)
+    assert pytest.approx(billions.B_, rel=1e-4) == ones.B_
+    assert pytest.approx(billions.C_, rel=1e-5) == ones.C_
     assert ones.predict(2e9) == pytest.approx(billions.predict(2.0), rel=1e-6)
 
 
@@ -59,7 +59,7 @@ def test_an_equivalent_beyond_the_floats_is_infinite():
 
 def test_a_given_exponent_needs_two_points_only():
     law = PowerLawAsymptote(exponent=1.0).fit([1, 2], [4.0, 3.5])
-    assert (law.A_, law.B_, law.C_) == pytest.approx((1.0, 1.0, 3.0))
+    assert pytest.approx((1.0, 1.0, 3.0)) == (law.A_, law.B_, law.C_)
 
 
 def test_parameters_are_never_negative_and_a_bound_warns():
@@ -154,13 +154,13 @@ def test_bad_weights_and_bad_positions_are_refused():
 def test_joint_asymptote_takes_members_first_and_sizes_second():
     table = {N: {K: 3 + 0.2 / N**0.8 + 0.1 / N / K**1.1 for K in range(1, 6)} for N in (0.15, 0.3, 0.6, 1.4)}
     law = joint_asymptote(table)
-    assert law.C_ == pytest.approx(3, abs=1e-3)
+    assert pytest.approx(3, abs=1e-3) == law.C_
     assert law.predict(0.3) == pytest.approx(3 + 0.2 / 0.3**0.8, abs=1e-3)
 
 
 def test_joint_asymptote_names_the_size_whose_members_do_not_identify_it():
     table = {N: {K: 3 + 0.2 / N + 0.1 / K for K in range(1, 5)} for N in (1, 2, 3, 4)}
-    table[3] = {K: 3 + 0.2 / 3 for K in range(1, 5)}
+    table[3] = dict.fromkeys(range(1, 5), 3 + 0.2 / 3)
     with pytest.warns(UserWarning, match=r"not identified at size \[3\]"):
         joint_asymptote(table)
 

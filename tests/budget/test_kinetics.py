@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headway.budget.inference_plan import pass_at_k, plan_inference
 from headway.budget.kinetics import (
     BlockTopK,
     Dense,
@@ -17,8 +18,6 @@ from headway.budget.kinetics import (
     ModelSpec,
     TopK,
     device_intensity,
-    pass_at_k,
-    plan,
     sparse_decode_mask,
 )
 from headway.plots import Panel
@@ -71,7 +70,7 @@ def test_cost_keeps_the_contract_of_planners():
 
 
 def test_plan_keeps_the_contract_of_planners():
-    check_planner(plan, predict=(random_records(0), [1e9, 1e12, 1e15]))
+    check_planner(plan_inference, predict=(random_records(0), [1e9, 1e12, 1e15]))
 
 
 def test_arguments_outside_their_constraints_are_refused():
@@ -375,7 +374,7 @@ def test_plan_equals_brute_force(seed):
     limits, counts = (None, 800), (1, 2, 4)
     model = KineticsCostModel(intensity=200)
     frontier, single = brute_force(records, budgets, model, limits, counts)
-    result = plan(records, budgets, cost_model=model, max_tokens=limits)
+    result = plan_inference(records, budgets, cost_model=model, max_tokens=limits)
     assert [point.coverage for point in result.frontier] == pytest.approx(frontier, abs=1e-12)
     for budget, coverage in zip(budgets, single, strict=True):
         if coverage is None:
@@ -388,7 +387,7 @@ def test_plan_equals_brute_force(seed):
 
 
 def test_curves_and_frontier_never_fall_with_the_budget():
-    result = plan(random_records(7), np.logspace(8, 16, 30))
+    result = plan_inference(random_records(7), np.logspace(8, 16, 30))
     for curve in (*result.curves.values(), [point.coverage for point in result.frontier]):
         assert list(curve) == sorted(curve)
 
@@ -401,26 +400,26 @@ def test_memory_traffic_changes_the_chosen_model():
     chosen = {}
     for name, model in (("FLOPs", FLOPS_ONLY), ("eFLOPs", KineticsCostModel())):
         budget = model.cost(QWEN_14, 0, 32768).eflops
-        chosen[name] = plan(records, [budget], cost_model=model).best_config(budget)
+        chosen[name] = plan_inference(records, [budget], cost_model=model).best_config(budget)
     assert (chosen["FLOPs"].model, chosen["FLOPs"].trials) == ("Qwen3-0.6B", 8)
     assert (chosen["eFLOPs"].model, chosen["eFLOPs"].trials) == ("Qwen3-14B", 1)
 
 
 def test_equal_coverage_goes_to_the_cheaper():
     records = samples("q", QWEN_14, [1, 1]) + samples("q", QWEN_06, [1, 1])
-    result = plan(records, [1e18])
+    result = plan_inference(records, [1e18])
     assert result.frontier[0].model == "Qwen3-0.6B"
     assert (result.best_config(1e18).model, result.best_config(1e18).trials) == ("Qwen3-0.6B", 1)
 
 
 def test_nothing_affordable_is_coverage_zero_of_no_model():
-    point = plan(samples("q", TINY, [1, 1]), [1.0]).frontier[0]
+    point = plan_inference(samples("q", TINY, [1, 1]), [1.0]).frontier[0]
     assert (point.coverage, point.model) == (0.0, None)
 
 
 def test_cut_samples_are_wrong_and_cost_the_cut_length():
     records = samples("q", TINY, [1], generated=100) + samples("q", TINY, [1], generated=900)
-    result = plan(records, [1e18], trials=[1], max_tokens=(None, 500))
+    result = plan_inference(records, [1e18], trials=[1], max_tokens=(None, 500))
     whole, cut = result.configurations
     assert (whole.coverage, cut.coverage) == (1.0, 0.5)
     model = KineticsCostModel()
@@ -451,12 +450,14 @@ def test_dataclasses_mappings_and_frames_give_the_same_plan():
     rows = [Row(q, "a", p, i % 2 == 0, 100 + i) for q in "xy" for p in ("dense", "top") for i in range(4)]
     mappings = [asdict(row) for row in rows]
     known = {"models": {"a": TINY}, "policies": {"dense": Dense(), "top": TopK(32)}}
-    plans = [plan(each, [1e7, 1e9], **known).to_dict() for each in (rows, mappings, Frame(mappings), iter(rows))]
+    plans = [
+        plan_inference(each, [1e7, 1e9], **known).to_dict() for each in (rows, mappings, Frame(mappings), iter(rows))
+    ]
     assert plans[0] == plans[1] == plans[2] == plans[3]
 
 
 def test_plan_is_plain_json_and_can_be_drawn():
-    result = plan(random_records(3), np.logspace(9, 15, 10))
+    result = plan_inference(random_records(3), np.logspace(9, 15, 10))
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False)) == result.to_dict()
     panels = result.panels()
     assert panels
@@ -491,7 +492,7 @@ GOOD = samples("q", TINY, [1, 0])
 )
 def test_bad_records_and_budgets_are_refused(records, arguments, message):
     with pytest.raises(ValueError, match=message):
-        plan(records, **{"budgets": [1e9], **arguments})
+        plan_inference(records, **{"budgets": [1e9], **arguments})
 
 
 # The selection rule.

@@ -87,6 +87,8 @@ def test_a_diverged_run_counts_as_infinite_and_is_never_certified():
     result = LocalSearch({"lr": [1, 2, 3]}, lambda lr: math.nan if lr > 1 else 0.5).run({"lr": 3})
     assert result.loss == math.inf
     assert not result.certified
+    search = LocalSearch({"lr": [1, 2, 3]}, lambda lr: 0.5 * lr, known=[({"lr": 3}, math.nan)])
+    assert search.run({"lr": 3}).best == {"lr": 1}
     result = LocalSearch({"lr": [1, 2, 3]}, lambda lr: math.nan if lr > 2 else 0.5 * lr).run({"lr": 3})
     assert result.best == {"lr": 1}
     assert result.certified

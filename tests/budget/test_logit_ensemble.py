@@ -1,5 +1,5 @@
 import copy
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -39,18 +39,19 @@ class Shifted(nn.Module):
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 6), scale=st.floats(0.1, 20))
 def test_loss_of_both_ensembles_is_at_most_the_mean_of_the_members(seed, k, scale):
     models, (x, y) = members(k, seed), batch(seed)
-    mean = sum(float(functional.cross_entropy(model(scale * x), y)) for model in models) / k
+    mean = sum(functional.cross_entropy(model(scale * x), y).item() for model in models) / k
     for reduce in ("mean", "probability"):
-        loss = float(functional.cross_entropy(LogitEnsemble(models, reduce=reduce)(scale * x), y))
+        loss = functional.cross_entropy(LogitEnsemble(models, reduce=reduce)(scale * x), y).item()
         assert loss <= mean + 1e-5 * max(1, mean)
 
 
 def test_loss_equals_the_mean_of_the_members_iff_they_agree_up_to_a_constant():
     (x, y), (first, second) = batch(), members(2)
+    single = functional.cross_entropy(first(x), y).item()
     same = functional.cross_entropy(LogitEnsemble([first, Shifted(first)])(x), y)
-    assert float(same) == pytest.approx(float(functional.cross_entropy(first(x), y)), abs=1e-6)
+    assert same.item() == pytest.approx(single, abs=1e-6)
     mean = sum(functional.cross_entropy(model(x), y) for model in (first, second)) / 2
-    assert float(functional.cross_entropy(LogitEnsemble([first, second])(x), y)) < float(mean) - 1e-3
+    assert functional.cross_entropy(LogitEnsemble([first, second])(x), y).item() < mean.item() - 1e-3
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max", "min", "probability"])
@@ -194,7 +195,7 @@ def test_seeds_must_be_as_many_and_different(seeds):
 
 def logits_of(k, seed=0):
     x, y = batch(seed, rows=20)
-    return [model(x) for model in members(k, seed)], y
+    return [model(x).detach() for model in members(k, seed)], y
 
 
 def test_curve_ends_at_the_members_mean_and_at_the_whole_ensemble():
@@ -212,7 +213,7 @@ def test_curve_ends_at_the_members_mean_and_at_the_whole_ensemble():
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 6))
 def test_over_all_subsets_one_more_member_never_hurts(seed, k):
     _, losses = ensemble_curve(*logits_of(k, seed))
-    assert all(after <= before + 1e-6 for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before + 1e-6 for before, after in pairwise(losses))
 
 
 def test_drawn_subsets_depend_on_the_seed_only_and_approach_all_subsets():
@@ -223,7 +224,7 @@ def test_drawn_subsets_depend_on_the_seed_only_and_approach_all_subsets():
     assert drawn != ensemble_curve(logits, y, repeats=20, seed=2)[1]
     assert drawn == pytest.approx(exact, rel=0.1)
     assert drawn[0] == exact[0]
-    check_planner(lambda a, b: ensemble_curve(a, b, 3), predict=([z.detach() for z in logits], y))
+    check_planner(lambda a, b: ensemble_curve(a, b, 3), predict=(logits, y))
 
 
 def test_ignored_targets_of_token_logits_do_not_count():

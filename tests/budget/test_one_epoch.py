@@ -29,7 +29,7 @@ def test_power_law_keeps_the_contract_of_a_planner(floor):
     check_planner(PowerLaw, fit=data, predict=(np.array([50.0, 5000.0]),), arguments={"floor": floor})
 
 
-# Plan
+# OneEpochPlan
 
 SIZES = st.floats(1e4, 1e11)
 

@@ -238,7 +238,9 @@ class TestRefusals:
 
     def test_a_first_observation_that_comes_late_is_warned_about(self):
         with pytest.warns(UserWarning, match="give the performance before training"):
-            ComputePerformanceFit().fit(COMPUTE, observed())
+            fit = ComputePerformanceFit().fit(COMPUTE, observed())
+        assert not fit.identified_
+        assert fitted().identified_
 
 
 class TestComputeFor:

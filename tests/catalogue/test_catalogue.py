@@ -11,6 +11,7 @@ PACKAGES = {role.package: role for role in catalogue.ROLES.values()}
 # Modules that stand below several methods of their package, or are no method.
 SHARED = {
     "headway.optim": {
+        "adagrad_norm",
         "adam_rule",
         "checks",
         "consensus",
@@ -28,7 +29,24 @@ SHARED = {
         "subspace",
         "wrapper",
     },
-    "headway.schedules": {"profile"},
+    "headway.schedules": {
+        "batch_ramp",
+        "batch_schedule",
+        "fixed_batch",
+        "gradient_noise",
+        "gradient_norms",
+        "loss_forecast",
+        "profile",
+    },
+    "headway.budget": {
+        "annealing_fit",
+        "distillation",
+        "fresh_data",
+        "inference_plan",
+        "local_search",
+        "logit_ensemble",
+        "training_run",
+    },
 }
 
 

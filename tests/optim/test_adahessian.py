@@ -8,8 +8,8 @@ from tests.ranks import RANKS, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from headway.optim.adahessian import AdaHessian, block_average
 from headway.numerics.curvature import gradients_with_graph, hessian_diagonal, rademacher
+from headway.optim.adahessian import AdaHessian, block_average
 from headway.optim.subspace import seeded_generator
 from headway.testing import check_optimizer
 

@@ -111,8 +111,10 @@ class PowerLawAsymptote:
     def _take(self, law: PowerLaw) -> None:
         self._law = law
         self.A_, self.B_, self.C_ = law.a, law.b, law.c
-        # Rounding leaves a C of the size of the last bits where the true one is zero.
-        self.identified_ = law.identified and law.a > 0 and law.c > 1e-9 * law.predict(1.0)
+        # Where A or C is zero, rounding leaves it the size of the last bits.
+        assert self._data is not None
+        most = law.predict(float(self._data[0].min()))
+        self.identified_ = law.identified and min(law.c, most - law.c) > 1e-9 * most
 
     def _parameters(self) -> int:
         return 3 if self.exponent is None else 2
@@ -151,8 +153,8 @@ class PowerLawAsymptote:
             variance = (n-1)/n sum_i (L_(i) - mean_i L_(i))^2,   L -+ t_{n-p} sqrt(variance),   low >= 0
 
         p is the number of fitted parameters. Where leaving a point out leaves too few to fit, the interval is
-        (0, infinity). The points count as independent; losses of ensembles of 1 ... K members of one pool are not, and their interval
-        is that of this pool.
+        (0, infinity). The points count as independent; losses of ensembles of 1 ... K members of one pool are not,
+        and their interval is that of this pool.
 
         Args:
             x: values > 0; `math.inf` for the asymptote.

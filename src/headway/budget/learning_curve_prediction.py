@@ -252,17 +252,18 @@ class LearningCurve:
         anchor: bool = True,
         min_level: int = 3,
     ) -> None:
-        self._options: dict[str, Any] = {
-            "pattern": pattern,
-            "upper": upper,
-            "nu": nu,
-            "lam": lam,
-            "tau": tau,
-            "anchor": anchor,
-            "min_level": min_level,
-        }
-        check_arguments(self.constraints, **self._options)
+        self.pattern = pattern
+        self.upper = upper
+        self.nu = nu
+        self.lam = lam
+        self.tau = tau
+        self.anchor = anchor
+        self.min_level = min_level
+        check_arguments(self.constraints, **self._options())
         self._forget()
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.constraints}
 
     def _forget(self) -> None:
         self._x: list[float] = []
@@ -283,7 +284,7 @@ class LearningCurve:
         Raises:
             ValueError: the data are none of that.
         """
-        x, y = observations(xs, ys, minimum=self._options["min_level"], x_name="xs", y_name="ys")
+        x, y = observations(xs, ys, minimum=self.min_level, x_name="xs", y_name="ys")
         for i in range(len(x)):
             self._check(float(x[i]), float(y[i]), float(x[i - 1]) if i else 0.0)
         self._forget()
@@ -305,50 +306,48 @@ class LearningCurve:
         self._x.append(float(x))
         self._y.append(float(y))
         level = len(self._x)
-        if level < self._options["min_level"]:
+        if level < self.min_level:
             return None
         self._trends[level] = self._fit_trend(level)
         self._advance()
         return self.levels_[-1]
 
     def _check(self, x: float, y: float, last: float) -> None:
-        check_arguments({"x": _POSITIVE, "y": Range(high=self._options["upper"])}, x=x, y=y)
+        check_arguments({"x": _POSITIVE, "y": Range(high=self.upper)}, x=x, y=y)
         if x <= last:
             raise ValueError(f"x must increase strictly, got {x:g} after {last:g}")
 
     def _fit_trend(self, level: int) -> Any:
         """Anchored if the level lies beyond the prediction level."""
         anchor = None
-        if self._options["anchor"] and self._prediction is not None and level > self._prediction:
+        if self.anchor and self._prediction is not None and level > self._prediction:
             anchor = self._trends[level - 1].asymptote
         x, y = self._x[:level], self._y[:level]
-        pattern = PATTERNS[self._options["pattern"]]
+        pattern = PATTERNS[self.pattern]
         if min(y) == max(y) and anchor in (None, y[0]):
             return pattern(0.0, 1.0, y[0])
         return pattern.fit(x, y, anchor=anchor)
 
     def _advance(self) -> None:
         """Look for the working and the prediction level, and fit again what the latter changes."""
-        last, lam = len(self._x), self._options["lam"]
+        last, lam = len(self._x), self.lam
         if self._working is None:
             candidate = last - lam - 1
-            if candidate < self._options["min_level"] or not all(
-                self._at_rest(i) for i in range(candidate, candidate + lam + 1)
-            ):
+            if candidate < self.min_level or not all(self._at_rest(i) for i in range(candidate, candidate + lam + 1)):
                 return
             self._working = candidate
         if self._prediction is None:
-            within = [i for i in range(self._working, last + 1) if self._trends[i].asymptote <= self._options["upper"]]
+            within = [i for i in range(self._working, last + 1) if self._trends[i].asymptote <= self.upper]
             if not within:
                 return
             self._prediction = within[0]
             self._layers.clear()
-            if self._options["anchor"]:
+            if self.anchor:
                 for level in range(self._prediction + 1, last + 1):
                     self._trends[level] = self._fit_trend(level)
 
     def _at_rest(self, level: int) -> bool:
-        nu = self._options["nu"] or DEFAULT_NU * self._options["upper"]
+        nu = self.nu or DEFAULT_NU * self.upper
         moved = abs(self._trends[level + 1].asymptote - self._trends[level].asymptote)
         growth = (self._x[level] - self._x[level - 1]) / self._x[level - 1]
         return bool(moved <= nu * growth)
@@ -395,17 +394,22 @@ class LearningCurve:
                     layer=layer,
                     working=self._working is not None and level >= self._working,
                     prediction=predicts,
-                    converged=predicts and self._options["tau"] is not None and layer <= self._options["tau"],
+                    converged=predicts and self.tau is not None and layer <= self.tau,
                 )
             )
         return records
 
     @property
-    def trend_(self) -> Any:
-        """The latest trend: a pattern with a, b, c and the sum of squares."""
+    def trend_level_(self) -> int:
+        """The level of the latest trend: the number of observations."""
         if not self._trends:
             raise RuntimeError(f"{type(self).__name__} has not been fitted: call fit() first")
-        return self._trends[len(self._x)]
+        return len(self._x)
+
+    @property
+    def trend_(self) -> Any:
+        """The latest trend: a pattern with a, b, c and the sum of squares."""
+        return self._trends[self.trend_level_]
 
     @property
     def asymptote_(self) -> float:
@@ -442,7 +446,7 @@ class LearningCurve:
     @property
     def layer_(self) -> float:
         """chi_l of the latest level, in points of score."""
-        return self._layer(self.trend_ and len(self._x))[1]
+        return self._layer(self.trend_level_)[1]
 
     @property
     def converged_(self) -> bool:
@@ -489,7 +493,7 @@ class LearningCurve:
         value = self.predict(x)
         last = len(self._x)
         sizes, scores = np.array(self._x), np.array(self._y)
-        anchored = self._options["anchor"] and self._prediction is not None and last > self._prediction
+        anchored = self.anchor and self._prediction is not None and last > self._prediction
         degrees = last - 3 + anchored
         if degrees < 1:
             raise ValueError(f"interval needs at least 4 observations, got {last}")
@@ -548,7 +552,7 @@ class LearningCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """Options and observations as plain numbers; they determine everything else."""
-        return {"options": dict(self._options), "x": list(self._x), "y": list(self._y)}
+        return {"options": self._options(), "x": list(self._x), "y": list(self._y)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LearningCurve:

@@ -94,7 +94,7 @@ class LocalSearch:
         self.evaluate = evaluate
         self.max_evaluations = max_evaluations
         # Where each point stands on the grids -> its loss, in the order of evaluation.
-        self._losses = {self._index(point): float(loss) for point, loss in known}
+        self._losses = {self._index(point): _ordered(loss) for point, loss in known}
         self._calls = 0
 
     def run(self, start: Mapping[str, Any]) -> SearchResult:
@@ -137,6 +137,9 @@ class LocalSearch:
             if self._calls == self.max_evaluations:
                 return math.inf
             self._calls += 1
-            loss = float(self.evaluate(**self._point(index)))
-            self._losses[index] = math.inf if math.isnan(loss) else loss
+            self._losses[index] = _ordered(self.evaluate(**self._point(index)))
         return self._losses[index]
+
+
+def _ordered(loss: float) -> float:
+    return math.inf if math.isnan(loss) else float(loss)

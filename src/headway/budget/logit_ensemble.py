@@ -8,6 +8,7 @@ Source: "Pre-training under infinite compute", Kim, Kotha, Liang, Hashimoto, arX
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, ClassVar
@@ -157,6 +158,7 @@ def train_ensemble(
     before = rng_state()
     try:
         for seed in chosen:
+            random.seed(seed)
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
             model = make_model(seed)

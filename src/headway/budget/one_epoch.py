@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 __all__ = [
-    "Plan",
+    "OneEpochPlan",
     "PowerLaw",
     "TransformerShape",
     "plan_one_epoch",
@@ -49,7 +49,7 @@ BLOCKS = 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class OneEpochPlan:
     """A run of one epoch.
 
     Attributes:
@@ -92,7 +92,7 @@ def plan_one_epoch(
     available_tokens: float | None = None,
     time_per_iter: Callable[[float], float] | None = None,
     strict: bool = True,
-) -> Plan:
+) -> OneEpochPlan:
     r"""The one-epoch run that costs what a given run costs, with `ratio` tokens per parameter.
 
         K = I b   or   K = E N,      m = sqrt(K / (R P)),      (P, I, K) -> (m P, I / m, K / m)
@@ -177,7 +177,7 @@ def plan_one_epoch(
         )
     if passes > FREE_EPOCHS:
         warnings.warn(f"the plan repeats its data {passes:.3g} times; beyond 4 repetition adds little", stacklevel=2)
-    return Plan(
+    return OneEpochPlan(
         params=new_params,
         iterations=new_iterations,
         tokens=new_tokens,
@@ -229,7 +229,7 @@ def transformer_shape(layers: int, width: int, multiplier: float, *, head_size: 
     Args:
         layers: >= 1, of the given model.
         width: a multiple of `head_size`, of the given model.
-        multiplier: m > 0, as in `Plan.multiplier`.
+        multiplier: m > 0, as in `OneEpochPlan.multiplier`.
         head_size: >= 1. Default 64.
 
     Raises:

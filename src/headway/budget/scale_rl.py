@@ -157,8 +157,8 @@ class ComputePerformanceFit:
             if min(theta - edges[0], edges[1] - theta) < 1e-6 * (edges[1] - edges[0]):
                 value = theta if name == "exponent" else math.exp(theta)
                 _warn(f"{name} ended at the edge of its search range, {value:.4g}: the data do not tell it")
-        passed = float(_share(self._all_compute[:1], self.exponent_, math.log(self.midpoint_))[0])
-        if self.initial is None and passed > INITIAL_SHARE:
+        passed = self._passed_at_initial()
+        if passed > INITIAL_SHARE:
             _warn(
                 f"initial was taken from the first observation, where the fit has made {passed:.0%} of its gain: "
                 "give the performance before training"
@@ -199,7 +199,8 @@ class ComputePerformanceFit:
         """(low, high, identified) of A.
 
         `identified` is False when the interval is cut by A_max or by the limits of the search (C_mid at ten
-        times the largest compute, B at 0.2) in place of by the data.
+        times the largest compute, B at 0.2) in place of by the data, and when R0 was taken from an observation
+        that comes too late, whose error the interval does not contain.
         """
         low, high = self.interval(math.inf, level)
         exponents, log_midpoints, _ = self._region(level)
@@ -208,7 +209,7 @@ class ComputePerformanceFit:
             or log_midpoints.max() >= self._log_midpoints[1] - 1e-9
             or exponents.min() <= EXPONENTS[0] + 1e-9
         )
-        return low, high, not cut
+        return low, high, not cut and self._passed_at_initial() <= INITIAL_SHARE
 
     @property
     def identified_(self) -> bool:
@@ -285,6 +286,12 @@ class ComputePerformanceFit:
         fit = cls(**values["options"])
         fit._solve(values["compute"], values["performance"], values["sample_weight"])
         return fit
+
+    def _passed_at_initial(self) -> float:
+        """The share of the gain already made where R0 was taken; 0 for an R0 that was given."""
+        if self.initial is not None:
+            return 0.0
+        return float(_share(self._all_compute[0], self.exponent_, math.log(self.midpoint_)))
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "asymptote_"):

@@ -151,7 +151,12 @@ def claim(
                 {f"h = {width}": _by_decay(result) for width, result in zip(widths, results[::2], strict=True)},
                 "validation cross-entropy",
             ),
-            replace(law.panels()[0], title="Ensemble, h = 64", x_label="members K", y_label="test cross-entropy"),
+            replace(
+                law.panels()[0],
+                title=f"Ensemble at h = {MEMBER_WIDTH}",
+                x_label="members K",
+                y_label="test cross-entropy",
+            ),
         ],
     )
 

@@ -24,14 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headway.budget.inference_plan import pass_at_k, plan_inference
 from headway.budget.kinetics import (
     Dense,
     KineticsCostModel,
     ModelSpec,
     Policy,
     TopK,
-    pass_at_k,
-    plan,
     sparse_decode_mask,
 )
 from headway.claims import Check, Outcome, Panel
@@ -228,7 +227,7 @@ def _choice(model: KineticsCostModel) -> str:
         for sample in range(16)
     ]
     budget = model.cost(LARGE, PROMPT, GENERATED).eflops
-    return plan(records, [budget], cost_model=model).best_config(budget).model
+    return plan_inference(records, [budget], cost_model=model).best_config(budget).model
 
 
 def _plan_error(seed: int, questions: int = 5, samples: int = 8, budgets: int = 40) -> float:
@@ -260,7 +259,7 @@ def _plan_error(seed: int, questions: int = 5, samples: int = 8, budgets: int = 
                     expected[spec.name][question].append(answer)
                     every.setdefault((spec.name, policy, trials), []).append(answer)
     grid = np.logspace(13, 18, budgets).tolist()
-    result = plan(records, grid, cost_model=model)
+    result = plan_inference(records, grid, cost_model=model)
     single = [tuple(statistics.fmean(column) for column in zip(*answers, strict=True)) for answers in every.values()]
     worst = 0.0
     for budget, point in zip(grid, result.frontier, strict=True):

@@ -90,14 +90,13 @@ def one_epoch(
     params: Annotated[float, typer.Option(help="Parameters without the embedding, such as 15e6.")],
     tokens_per_iter: Annotated[float, typer.Option(help="Tokens per optimizer step.")],
     iters: Annotated[
-        Optional[int], typer.Option(help="Optimizer steps; or --epochs and --dataset-tokens.")
-    ] = None,  # noqa: UP045
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Optimizer steps; or --epochs and --dataset-tokens."),
+    ] = None,
     epochs: Annotated[Optional[float], typer.Option(help="Epochs to be replaced by one.")] = None,  # noqa: UP045
     dataset_tokens: Annotated[Optional[float], typer.Option(help="Tokens of one epoch.")] = None,  # noqa: UP045
     available_tokens: Annotated[Optional[float], typer.Option(help="Different tokens that there are.")] = None,  # noqa: UP045
-    ratio: Annotated[
-        str, typer.Option(help="Tokens per parameter, or komatsuzaki (5), chinchilla (20).")
-    ] = "5",
+    ratio: Annotated[str, typer.Option(help="Tokens per parameter, or komatsuzaki (5), chinchilla (20).")] = "5",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Trade model size against steps at constant compute, and epochs against fresh text (arXiv 1906.06669).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -42,6 +43,8 @@ def scale_fit(
         raise fail(f"--plot takes a name ending in .png or .svg, got {str(plot)!r}", WRONG_INPUT)
     if plot is not None and not plot.absolute().parent.is_dir():
         raise fail(f"--plot: there is no folder {str(plot.parent)!r}", WRONG_INPUT)
+    if not all(0 < compute < math.inf for compute in forecast or []):
+        raise fail(f"--forecast must be > 0 and finite, got {', '.join(f'{c:g}' for c in forecast or [])}", WRONG_INPUT)
     from headway.budget.scale_rl import ComputePerformanceFit, read_csv
 
     with warnings.catch_warnings(record=True) as caught:
@@ -94,7 +97,7 @@ def _print(result: dict[str, Any], x: str, y: str) -> None:
         return f"{ends[0]:.4f} to {ends[1]:.4f}"
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", escape(y), f"{result['level']:.4g} interval"):
+    for column in ("", escape(y), f"{100 * result['level']:.4g} % interval"):
         table.add_column(column)
     table.add_row("asymptote", f"{result['asymptote']:.4f}", interval(result["asymptote_interval"]))
     for row in result["forecast"]:
@@ -109,6 +112,6 @@ def _print(result: dict[str, Any], x: str, y: str) -> None:
         soft_wrap=True,
     )
     if not result["identified"]:
-        console.print("[bold]not identified[/bold]: the data do not bound the asymptote; train further", soft_wrap=True)
+        console.print("[bold]not identified[/bold]: the data do not bound the asymptote", soft_wrap=True)
     for warning in result["warnings"]:
         typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)

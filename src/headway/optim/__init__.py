@@ -4,6 +4,9 @@ from headway.optim.adagrad_accelerated import (
     AdaGradAGD,
     adagrad_bound,
 )
+from headway.optim.adagrad_norm import (
+    AdaGradNorm,
+)
 from headway.optim.adahessian import (
     AdaHessian,
 )
@@ -112,6 +115,7 @@ __all__ = [
     "SPAM",
     "SWAN",
     "AdaGradAGD",
+    "AdaGradNorm",
     "AdaHessian",
     "Adagrad8bit",
     "Adam8bit",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +40,8 @@ def measure_machine(seconds: float = 1.0) -> Machine:
     """
     import torch
 
+    from headway.train.loop import processor
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = 1024 if device.type == "cpu" else 8192
@@ -53,7 +54,7 @@ def measure_machine(seconds: float = 1.0) -> Machine:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free_memory()
     # The median: the first products warm up, and a busy machine lengthens some.
     rate = 2 * size**3 / sorted(times)[len(times) // 2]
@@ -75,11 +76,3 @@ def _free_memory() -> int:
     except (OSError, ValueError):
         pass
     return max(0, min(limits))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -11,12 +11,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headway.config import Config, parse
 from headway.data import Corpus
 from headway.train import TrainError
 
-__all__ = ["Probe", "probe", "step_seconds"]
+__all__ = ["Probe", "probe", "step_seconds", "with_schedule"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,14 @@ def _read(records: list[dict[str, float]], wall: float, parameters: int) -> Prob
     )
 
 
+def with_schedule(config: Config, name: str, **options: Any) -> Config:
+    """The configuration with another schedule and no option of the one before."""
+    import tomli_w
+
+    raw = {**config.model_dump(by_alias=True), "schedule": {"name": name, **options}}
+    return parse(tomli_w.dumps(raw))
+
+
 def step_seconds(config: Config, corpus: Corpus, steps: int = 5) -> float:
     """Seconds of an uncompiled step of the configuration on one worker of this process, the median of a few."""
     from headway.train.display import Display
@@ -95,7 +104,7 @@ def step_seconds(config: Config, corpus: Corpus, steps: int = 5) -> float:
     from headway.train.workers import Workers
 
     short = parse(
-        config.to_toml(),
+        with_schedule(config, "constant").to_toml(),
         [
             f"train.steps={steps}",
             'train.budget=""',
@@ -103,7 +112,6 @@ def step_seconds(config: Config, corpus: Corpus, steps: int = 5) -> float:
             "train.evaluate_every=0",
             "train.evaluate_batches=1",
             "launch.workers=1",
-            "schedule.name=constant",
         ],
     )
     alone = Workers(rank=0, count=1, local_rank=0, local_count=config.launch.workers)

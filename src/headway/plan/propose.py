@@ -13,7 +13,7 @@ from headway.config import Config, parse
 from headway.config.methods import build_schedule
 from headway.data import Corpus
 from headway.plan.machine import Machine, measure_machine
-from headway.plan.probe import Probe, probe, step_seconds
+from headway.plan.probe import Probe, probe, step_seconds, with_schedule
 from headway.plan.reference import COMPARED, Reference, reference
 from headway.plan.sizes import LADDER, Size, size_named
 from headway.plots import Panel
@@ -156,7 +156,7 @@ def make_plan(
     config = _configured(config, guess)
     pilot_steps = max(2, min(PILOT_STEPS, int(guess * PILOT_SHARE), max(2, guess)))
     tell(f"training {pilot_steps} steps of the chosen run for its speed, memory and early loss")
-    flat = _scheduled(config, "constant", warmup_steps=config.schedule.options.get("warmup_steps", 0))
+    flat = with_schedule(config, "constant", warmup_steps=config.schedule.options.get("warmup_steps", 0))
     pilot = probe(flat, pilot_steps)
     tell("starting it once more, now that its kernels are compiled")
     again = probe(flat, 2)
@@ -235,14 +235,6 @@ def _configured(config: Config, steps: int) -> Config:
     if "warmup_steps" in config.schedule.options:
         changes.append(f"schedule.warmup_steps={max(0, min(20, steps // 10))}")
     return parse(config.to_toml(), changes)
-
-
-def _scheduled(config: Config, name: str, **options: Any) -> Config:
-    """The configuration with another schedule and no option of the one before."""
-    import tomli_w
-
-    raw = {**config.model_dump(by_alias=True), "schedule": {"name": name, **options}}
-    return parse(tomli_w.dumps(raw))
 
 
 def rates_of(config: Config, steps: int) -> list[float]:
@@ -417,7 +409,7 @@ def _several(config: Config, steps: int, budget: Budget, also: Sequence[Budget])
     points = sorted({max(1, round(steps * _amount(smaller) / _amount(budget))) for smaller in also} | {steps})
     planner = DecayBranchPlanner(points)
     costs = {mode: planner.total_steps(mode) for mode in ("separate", "wsd", "wsd-s")}
-    return _scheduled(config, "wsd-s", checkpoints=points, warmup_steps=min(20, points[0] // 10)), costs
+    return with_schedule(config, "wsd-s", checkpoints=points, warmup_steps=min(20, points[0] // 10)), costs
 
 
 def _ratio(ref: Reference, pilot: Probe, body: float) -> tuple[float, bool]:

@@ -289,7 +289,7 @@ class AutoLRS:
     def finish(self) -> None:
         """Leave model and optimizer as after the last applied step and release the snapshot."""
         if self._snapshot is not None:
-            self._snapshot.restore()
+            self._restore()
             self._count, self._rates, self._forecasts = 0, [], []
         self._release()
         self._finished = True
@@ -384,8 +384,7 @@ class AutoLRS:
         losses = self._average(self._losses)
         begin = self._synchronized_clock()
         self._forecasts.append(self._forecast(losses))
-        assert self._snapshot is not None
-        self._snapshot.restore()
+        self._restore()
         if len(self._rates) < self.trials:
             self._own_seconds += self._synchronized_clock() - begin
             self._begin_trial()
@@ -409,6 +408,15 @@ class AutoLRS:
         self.phase, self._count, self._rates, self._forecasts = "train", 0, [], []
         self._set_lr(lr)
         self._own_seconds += self._synchronized_clock() - begin
+
+    def _restore(self) -> None:
+        assert self._snapshot is not None
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._snapshot.restore()
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(lr, Tensor):
+                # Captured graphs read the very tensor; loading a state puts another one there.
+                group["lr"] = lr.copy_(group["lr"])
 
     def _forecast(self, losses: list[float]) -> float:
         """The loss after tau steps, infinity after a loss that was not finite."""

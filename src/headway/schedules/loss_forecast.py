@@ -32,7 +32,8 @@ class ExponentialForecaster:
 
     b within bounds that the series can tell; a and c by linear least squares for each b. Two guards keep noise from
     being extrapolated: a series that rises (a < 0) is forecast at its last value at least, and one that the curve
-    describes no better than its mean does, by an F test at 5 %, is forecast at its mean (a = 0).
+    describes no better than its mean does, by an F test at 1 %, is forecast at its mean (a = 0). A series that is short against the decay
+    is nearly a line, which ends at the slow bound of b: its forecast is low, even below zero, and good for ranking only.
 
     Args:
         smoother: "outliers" fits with Cauchy weights first, drops what lies more than four robust standard deviations
@@ -135,14 +136,14 @@ def _without_outliers(t: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _decay_is_significant(v: np.ndarray, fitted: np.ndarray) -> bool:
-    """The F test at 5 % of three parameters against the mean alone."""
+    """The F test at 1 % of three parameters against the mean alone."""
     from scipy.special import fdtri
 
     spare = len(v) - 3
     if spare < 1:
         return True
     left, all_in_all = float(((v - fitted) ** 2).sum()), float(((v - v.mean()) ** 2).sum())
-    return all_in_all - left > left * 2 / spare * float(fdtri(2, spare, 0.95))
+    return all_in_all - left > left * 2 / spare * float(fdtri(2, spare, 0.99))
 
 
 def _smoothed_by_spline(x: np.ndarray, y: np.ndarray, validation: bool) -> np.ndarray:

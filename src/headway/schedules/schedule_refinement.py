@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.schedules.gradient_norms import NORMS, GradNormRecorder, as_numbers, clean_norms, read_norms
 from headway.schedules.profile import ClosedFormLR
+from headway.spending import Budget, steps_of
 
 __all__ = [
     "ArrayLR",
@@ -281,7 +282,7 @@ class RefinedLR(ArrayLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: int | Budget,
         *,
         norms: str | Path | Sequence[float] | np.ndarray | Tensor | None = None,
         norm: str = "l2",
@@ -290,6 +291,7 @@ class RefinedLR(ArrayLR):
         final: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
+        total_steps = steps_of(total_steps)
         check_arguments(
             self.constraints,
             total_steps=total_steps,
@@ -318,7 +320,7 @@ class RefinedLR(ArrayLR):
         cls,
         optimizer: Optimizer,
         norms: GradNormRecorder | str | Path | Sequence[float] | np.ndarray | Tensor,
-        total_steps: int,
+        total_steps: int | Budget,
         *,
         norm: str | None = None,
         **options: Any,

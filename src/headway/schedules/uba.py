@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.schedules.profile import LinearLR, ProfileLR
+from headway.spending import Budget
 
 __all__ = ["UBALR", "chebyshev_steps", "phi_from_condition_number", "uba_profile"]
 
@@ -188,7 +189,7 @@ class UBALR(ProfileLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: int | Budget,
         *,
         phi: float = 1.0,
         warmup_steps: int = 0,

@@ -489,7 +489,7 @@ class Trainer:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "platform": platform.platform(),
-            "processor": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor(),
+            "processor": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor(),
             "device": self.device.type,
             "cores": _cores(),
             "threads": torch.get_num_threads(),
@@ -618,7 +618,7 @@ def _peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
