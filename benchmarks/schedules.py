@@ -126,7 +126,7 @@ def report(results: dict[str, dict[str, list[float]]], machine: str, seeds: int)
     lines = [
         "<!-- made by benchmarks/schedules.py -->",
         "",
-        f"Loss over that of linear decay at the same budget, each at its best peak; {seeds} seeds on digits. {machine}.",
+        f"Loss over that of linear decay at the same budget, each at its best peak; digits: {seeds} seeds. {machine}.",
         "",
     ]
     for problem, losses in results.items():

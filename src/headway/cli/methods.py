@@ -88,10 +88,12 @@ def show(
 
 def _facts(row: Method) -> dict[str, str]:
     module, _, name = row.object.partition(":")
-    facts = {"import": f"from {module} import {name}", "training": f"headway train --set {row.role}.name={row.slug}"}
-    reason = not_trained(row.role, row.load())
+    facts = {"import": f"from {module} import {name}"}
+    section, reason = ROLES[row.role].section, not_trained(row.role, row.load())
     if reason:
         facts["training"] = f"in a loop of your own: it {reason}"
+    elif section:
+        facts["training"] = f"headway train --set {section}.name={row.slug}"
     if row.paper:
         facts["paper"] = f"{row.paper}, arXiv {row.arxiv}"
     if row.claim:

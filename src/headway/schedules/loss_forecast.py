@@ -32,8 +32,10 @@ class ExponentialForecaster:
 
     b within bounds that the series can tell; a and c by linear least squares for each b. Two guards keep noise from
     being extrapolated: a series that rises (a < 0) is forecast at its last value at least, and one that the curve
-    describes no better than its mean does, by an F test at 1 %, is forecast at its mean (a = 0). A series that is short against the decay
-    is nearly a line, which ends at the slow bound of b: its forecast is low, even below zero, and good for ranking only.
+    describes no better than its mean does, by an F test at 1 %, is forecast at its mean (a = 0).
+
+    A series that is short against the decay is nearly a line and ends at the slow bound of b: its forecast is too low,
+    even below zero. Longer series are the remedy.
 
     Args:
         smoother: "outliers" fits with Cauchy weights first, drops what lies more than four robust standard deviations
