@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from headway.train.loop import processor
+from headway.train.machine import processor
 
 
 def describe() -> str:

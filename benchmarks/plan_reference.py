@@ -22,7 +22,7 @@ from headway.plan.reference import COMPARED, Curve, Reference
 from headway.plan.sizes import size_named
 from machine import describe
 
-RUNS = {"xxs-700": 50, "xxs-2400": 100, "xs-600": 40, "xs-2400": 100, "s-600": 40}
+RUNS = {"xxs-700": 50, "xxs-2400": 100, "xs-600": 40, "xs-1200": 50, "s-600": 40}
 """Size and steps -> steps between evaluations."""
 # The law does not hold for the first steps, where the loss waits for the model to leave the unigram's plateau.
 FROM_STEP = 240

@@ -14,6 +14,7 @@ from headway.spending import Budget
         ("2M tokens", {"tokens": 2_000_000}),
         ("1.5M tokens", {"tokens": 1_500_000}),
         ("3B tokens", {"tokens": 3_000_000_000}),
+        ("0.00051M tokens", {"tokens": 510}),
         ("90s", {"seconds": 90}),
         ("10 min", {"seconds": 600}),
         ("1.5h", {"seconds": 5400}),
@@ -46,7 +47,8 @@ def test_tokens_and_seconds_become_steps_by_what_a_step_costs():
     assert Budget(steps=7).total_steps == 7
     assert Budget(tokens=10_000, tokens_per_step=2048).total_steps == 4
     assert Budget(seconds=60, seconds_per_step=0.5).total_steps == 120
-    assert Budget(tokens=5, tokens_per_step=2048).total_steps == 1
+    with pytest.raises(ValueError, match="a budget must pay for at least one step, 2048 tokens, got 5 tokens"):
+        _ = Budget(tokens=5, tokens_per_step=2048).total_steps
     with pytest.raises(ValueError, match="tokens_per_step must be given to turn 5 tokens into steps, got None"):
         _ = Budget(tokens=5).total_steps
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from headway.constraints import Range, check_arguments
 
@@ -93,17 +94,19 @@ class Budget:
             raise ValueError(
                 f"a budget is written like '640', '640 steps', '2M tokens', '90 s', '10 min' or '1.5 h', got {text!r}"
             )
-        amount = float(match[1]) * _FACTORS[match[2].lower()] * unit[1]
-        if unit[0] != "seconds" and amount != int(amount):
+        amount = Fraction(match[1]) * _FACTORS[match[2].lower()] * unit[1]
+        if amount > 10**15:
+            raise ValueError(f"a budget must be at most 1e15, got {text!r}")
+        if unit[0] != "seconds" and amount.denominator != 1:
             raise ValueError(f"a budget in {unit[0]} must be a whole number, got {text!r}")
-        return cls(**{unit[0]: amount if unit[0] == "seconds" else int(amount)})  # type: ignore[arg-type]
+        return cls(**{unit[0]: float(amount) if unit[0] == "seconds" else int(amount)})  # type: ignore[arg-type]
 
     @property
     def total_steps(self) -> int:
-        """The budget in optimizer steps, at least 1.
+        """The budget in optimizer steps, rounded down.
 
         Raises:
-            ValueError: it is in tokens or seconds, and what a step costs is not known.
+            ValueError: it is in tokens or seconds, and what a step costs is not known, or more than the budget.
         """
         if self.steps:
             return self.steps
@@ -114,7 +117,10 @@ class Budget:
         )
         if cost is None:
             raise ValueError(f"{name} must be given to turn {self} into steps, got None")
-        return max(1, int(amount / cost))
+        if amount < cost:
+            unit = name.partition("_")[0]
+            raise ValueError(f"a budget must pay for at least one step, {cost:g} {unit}, got {self}")
+        return int(amount / cost)
 
     def spent(self, *, steps: int, tokens: int, seconds: float) -> float:
         """The spent fraction of the budget, in [0, 1]."""

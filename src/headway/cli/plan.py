@@ -74,7 +74,10 @@ def plan(
     with failures():
         result = _plan(total or _minutes(minutes), data, model_size, workers, smaller, overrides or [], as_json)
     if write is not None:
-        write.write_text(result.config.to_toml(), encoding="utf-8")
+        try:
+            write.write_text(result.config.to_toml(), encoding="utf-8")
+        except OSError as error:
+            raise fail(f"--write: cannot write {str(write)!r}: {error.strerror}", WRONG_INPUT) from error
     if plot is not None:
         from headway.plots import save
 
@@ -158,7 +161,15 @@ def _plan(
     display = Display(quiet=quiet)
     corpus = prepare_corpus(base, display)
     try:
-        return make_plan(base, corpus, budget, size=size, also=also, tell=lambda text: display.note(f"{text} ..."))
+        return make_plan(
+            base,
+            corpus,
+            budget,
+            size=size,
+            also=also,
+            held={override.partition("=")[0].strip() for override in overrides},
+            tell=lambda text: display.note(f"{text} ..."),
+        )
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -167,6 +178,7 @@ def _plan(
 
 def _show(plan: Plan, written: Path | None) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -177,7 +189,7 @@ def _show(plan: Plan, written: Path | None) -> None:
     )
     table = Table("", "proposed", "why", "source", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for figure in plan.figures:
-        table.add_row(figure.name, figure.value, figure.reason, figure.source)
+        table.add_row(*(escape(text) for text in (figure.name, figure.value, figure.reason, figure.source)))
     console.print(table)
     if plan.also:
         console.print(
@@ -186,7 +198,7 @@ def _show(plan: Plan, written: Path | None) -> None:
             f"{plan.also['separate']:,} in separate runs"
         )
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {escape(note)}")
     if written is None:
         console.print("\nto keep it: --write config.toml; then: headway train config.toml")
     else:
@@ -208,5 +220,5 @@ def _check(path: Path, as_json: bool, plot: Path | None) -> None:
     errors = result.errors()
     for name, actual in result.actual.items():
         typer.echo(f"{name:34}{result.predicted[name]:>12,.4g}{actual:>12,.4g}{errors[name]:>+9.1%}")
-    where = "inside" if result.inside else "outside"
-    typer.echo(f"the validation loss is {where} the predicted interval")
+    if result.inside is not None:
+        typer.echo(f"the validation loss is {'inside' if result.inside else 'outside'} the predicted interval")

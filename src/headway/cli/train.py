@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -57,6 +58,8 @@ def train(
         if resume is not None:
             if config is not None or data or out is not None or overrides:
                 raise fail("--resume takes the run's own configuration: no CONFIG, --set, --data or --out", WRONG_INPUT)
+            if budget and is_worker and not is_ours:
+                raise fail("--resume with --budget changes the run: start it once without torchrun", WRONG_INPUT)
             run, resolved = _open(resume, workers, budget)
         else:
             run, resolved = None, _load(config, overrides or [], data, workers, budget)
@@ -111,17 +114,20 @@ def _open(path: Path, workers: int, budget: str) -> tuple[RunFolder, Config]:
 
     run, config = RunFolder.open(path)
     changes = [f"launch.workers={workers}"] if workers and workers != config.launch.workers else []
-    if budget:
-        changes += _extension(run, config, budget)
-    if changes:
-        config = parse(config.to_toml(), changes)
-        run.config_file.write_text(config.to_toml(), encoding="utf-8")
+    extension = _extension(config, budget) if budget else []
+    if changes or extension:
+        config = parse(config.to_toml(), [*changes, *extension])
+        run.write_config(config)
+    if extension:
+        run.keep_model()
     return run, config
 
 
-def _extension(run: RunFolder, config: Config, text: str) -> list[str]:
-    """The overrides that let a run spend more, if its schedule can; the model it has written is kept."""
-    from headway.catalogue import get
+def _extension(config: Config, text: str) -> list[str]:
+    """The overrides that let a run spend more, if its schedule can."""
+    import torch
+
+    from headway.config.methods import build_schedule
     from headway.spending import Budget
 
     changes = _budget(text)
@@ -134,14 +140,23 @@ def _extension(run: RunFolder, config: Config, text: str) -> list[str]:
         raise fail(f"--budget: must be at least what the run has, {old}, got {text!r}", WRONG_INPUT)
     if (new.steps, new.tokens) == (old.steps, old.tokens):
         return []
-    if not hasattr(get(config.schedule.name, "schedule").load(), "extend"):
+    # The run's own schedule at its end, to see whether it goes on: nothing may be changed before that is known.
+    schedule = build_schedule(
+        config.schedule, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), config.nominal_steps
+    )
+    if not hasattr(schedule, "extend"):
         raise fail(
             f"--budget: the schedule {config.schedule.name!r} was laid out for {old} and cannot go on; start a new run "
             f"with --budget {text!r}, or train with schedule.name=wsd-s, which can be extended",
             WRONG_INPUT,
         )
-    run.keep_model(old.total_steps if old.steps else config.nominal_steps)
-    return changes
+    total = replace(new, tokens_per_step=old.tokens_per_step).total_steps
+    schedule.last_epoch = config.nominal_steps
+    try:
+        schedule.extend(total)
+    except ValueError as error:
+        raise fail(f"--budget: {text!r}: {error}", WRONG_INPUT) from error
+    return [*changes, f"schedule.checkpoints={list(schedule.checkpoints)}"]
 
 
 def _unit(budget: Budget) -> str:

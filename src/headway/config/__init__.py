@@ -23,7 +23,7 @@ from typing import Any
 import pydantic
 
 from headway.catalogue import nearest
-from headway.config.methods import MethodError, check_method
+from headway.config.methods import MethodError, check_batch, check_method
 from headway.config.schema import SECTIONS, Config
 
 if sys.version_info >= (3, 11):
@@ -122,6 +122,7 @@ def _check(raw: dict[str, Any]) -> Config:
         check_method("optimizer", config.optimizer)
         check_method("schedule", config.schedule, total_steps=config.nominal_steps)
         check_method("batch schedule", config.batch)
+        check_batch(config.batch, config.launch.workers)
     except MethodError as error:
         raise ConfigError(_one_line(str(error))) from error
     return config

@@ -18,9 +18,17 @@ from headway.constraints import Constraint, Range
 if TYPE_CHECKING:
     import torch
 
-    from headway.config.schema import MethodSection
+    from headway.config.schema import BatchSection, MethodSection
 
-__all__ = ["MethodError", "build_batch_schedule", "build_optimizer", "build_schedule", "check_method", "not_trained"]
+__all__ = [
+    "MethodError",
+    "build_batch_schedule",
+    "build_optimizer",
+    "build_schedule",
+    "check_batch",
+    "check_method",
+    "not_trained",
+]
 
 # Arguments that the training loop supplies, or that a file cannot express.
 _RESERVED = {"self", "params", "param_groups", "model", "optimizer", "total_steps", "last_epoch", "generator"} | {
@@ -29,6 +37,7 @@ _RESERVED = {"self", "params", "param_groups", "model", "optimizer", "total_step
     "initial",
     "max_micro_batch",
     "world_size",
+    "multiple_of",
 }
 
 # torch's own optimizers state no constraints and name no argument in their messages.
@@ -110,13 +119,35 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
         raise MethodError(f"{where} '{section.name}': {error}") from error
 
 
+def check_batch(section: BatchSection, workers: int) -> None:
+    """Raise `MethodError` unless the batch schedule of `[batch]` suits this many workers and the micro-batch."""
+    unit = (section.micro_batch or section.size // workers) * workers
+    try:
+        schedule = build_batch_schedule(section, size=section.size, workers=workers, unit=unit)
+    except (ValueError, TypeError) as error:
+        text = (
+            str(error).replace("multiple_of =", "launch.workers x micro-batch =").replace("initial", "batch.size")
+        )
+        raise MethodError(f"batch '{section.name}': {text}") from error
+    if schedule.needs == "samples":
+        raise MethodError(
+            f"batch '{section.name}': these settings need the gradient of every sample; `headway train` has those of "
+            "micro-batches, for which batch.test must be 'norm'"
+        )
+    if schedule.needs == "chunks" and section.size < 2 * (unit // workers):
+        raise MethodError(
+            f"batch '{section.name}' compares micro-batches: batch.micro_batch must be at most half of batch.size "
+            f"({section.size}), got {section.micro_batch}"
+        )
+
+
 def _construct(role: str, section: MethodSection, toy: torch.nn.Module, total_steps: int) -> None:
     import torch
 
     if role == "optimizer":
         build_optimizer(section, toy)
     elif role == "batch schedule":
-        build_batch_schedule(section, size=getattr(section, "size", 1), workers=1)
+        return  # needs the number of workers: check_batch
     else:
         build_schedule(section, torch.optim.SGD(toy.parameters(), lr=1.0), total_steps)
 

@@ -147,7 +147,10 @@ class TrainSection(Section):
     @classmethod
     def _readable(cls, value: str) -> str:
         if value:
-            Budget.parse(value)
+            try:
+                Budget.parse(value)
+            except ValueError as error:
+                raise ValueError(f"train.budget: {error}") from error
         return value
 
     @model_validator(mode="after")
@@ -192,7 +195,8 @@ class SampleSection(Section):
 class PlanSection(Section):
     """`[plan]`: what `headway plan` predicted for this run; read by `headway plan --check`, not by the training."""
 
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: there is no prediction
+    total_steps: CountOrZero = 0  # 0: there is no plan
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     steps: tuple[int, ...] = ()
     losses: tuple[float, ...] = ()
@@ -250,9 +254,26 @@ class Config(Section):
             raise ValueError(
                 f"batch.micro_batch must divide a worker's share of the batch ({share}), got {self.batch.micro_batch}"
             )
+        self._check_checkpoints()
         if self.launch.workers > (os.cpu_count() or 1) * 8:
             raise ValueError(f"launch.workers must be <= 8 per core of this machine, got {self.launch.workers}")
         return self
+
+    def _check_checkpoints(self) -> None:
+        """A schedule with checkpoints decays to the last of them, so that must be the end of the run."""
+        try:
+            steps = self.nominal_steps
+        except ValueError as error:
+            raise ValueError(f"train.budget: {error}") from error
+        points = self.schedule.options.get("checkpoints")
+        if not isinstance(points, list | tuple) or not points or not isinstance(points[-1], int):
+            return
+        if self.budget.seconds:
+            raise ValueError(f"schedule.checkpoints must be left out beside a budget of time, got {list(points)}")
+        if points[-1] != steps:
+            raise ValueError(
+                f"schedule.checkpoints must end with the last step of the run ({steps}), got {list(points)}"
+            )
 
     @property
     def budget(self) -> Budget:

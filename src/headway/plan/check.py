@@ -11,16 +11,21 @@ from headway.plots import Panel
 from headway.train import TrainError
 from headway.train.run import RunFolder
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["LOSS", "Comparison", "compare"]
+
+LOSS = "validation loss, nats per token"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predicted and actual figures of a run by name, the error of each relative to the actual one, and the curves."""
+    """Predicted and actual figures of a run by name, and the curves.
+
+    `inside`: whether the final loss lies in its interval; None where no loss was predicted.
+    """
 
     predicted: dict[str, float]
     actual: dict[str, float]
-    inside: bool
+    inside: bool | None
     curve: tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     measured: tuple[tuple[int, ...], tuple[float, ...]]
 
@@ -59,7 +64,7 @@ def compare(path: str | Path) -> Comparison:
     """
     run, config = RunFolder.open(path)
     plan = config.plan
-    if not plan.losses:
+    if not plan.total_steps:
         raise TrainError(f"{run.path} was not planned: its config.toml has no [plan] (headway plan --write writes one)")
     if not run.complete:
         raise TrainError(f"{run.path} is not finished: headway train --resume {run.path}")
@@ -67,18 +72,21 @@ def compare(path: str | Path) -> Comparison:
     losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
     environment = json.loads(run.environment_file.read_text(encoding="utf-8"))
     last = max(losses)
+    if plan.total_steps != last:
+        raise TrainError(
+            f"{run.path} was planned for {plan.total_steps:,} steps and did {last:,}: not the run of the plan"
+        )
+    predicted = {"time, s": plan.seconds, "peak memory, MB": plan.memory_mb}
+    actual = {
+        "time, s": environment["whole command, seconds"],
+        "peak memory, MB": max(record.get("peak_memory_mb", 0.0) for record in records),
+    }
+    if plan.losses:
+        predicted[LOSS], actual[LOSS] = plan.losses[-1], losses[last]
     return Comparison(
-        predicted={
-            "time, s": plan.seconds,
-            "peak memory, MB": plan.memory_mb,
-            "validation loss, nats per token": plan.losses[-1],
-        },
-        actual={
-            "time, s": environment["whole command, seconds"],
-            "peak memory, MB": max(record.get("peak_memory_mb", 0.0) for record in records),
-            "validation loss, nats per token": losses[last],
-        },
-        inside=plan.lower[-1] <= losses[last] <= plan.upper[-1],
+        predicted=predicted,
+        actual=actual,
+        inside=plan.lower[-1] <= losses[last] <= plan.upper[-1] if plan.losses else None,
         curve=(plan.steps, plan.losses, plan.lower, plan.upper),
         measured=(tuple(losses), tuple(losses.values())),
     )

@@ -40,10 +40,9 @@ def measure_machine(seconds: float = 1.0) -> Machine:
     """
     import torch
 
-    from headway.train.loop import processor
+    from headway.train.machine import cores, processor
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.ones(size, size, device=device)
     times: list[float] = []
@@ -58,7 +57,7 @@ def measure_machine(seconds: float = 1.0) -> Machine:
     memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free_memory()
     # The median: the first products warm up, and a busy machine lengthens some.
     rate = 2 * size**3 / sorted(times)[len(times) // 2]
-    return Machine(name, device.type, cores, torch.get_num_threads(), memory, rate)
+    return Machine(name, device.type, cores(), torch.get_num_threads(), memory, rate)
 
 
 def _free_memory() -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from headway.catalogue import get
 from headway.config import Config, parse
 from headway.config.methods import build_schedule
 from headway.data import Corpus
@@ -19,7 +20,6 @@ from headway.plan.sizes import LADDER, Size, size_named
 from headway.plots import Panel
 from headway.schedules.wsd_s import DecayBranchPlanner
 from headway.spending import Budget
-from headway.train import TrainError
 
 __all__ = ["Figure", "Plan", "make_plan", "rates_of"]
 
@@ -48,7 +48,8 @@ class Plan:
     """A proposed run and what it will give.
 
     `seconds` is the whole command, `memory_mb` the peak of one worker; `losses` are validation losses in nats
-    per token after `steps`, inside [`lower`, `upper`] with a probability of about 0.95. `also` lists, for every
+    per token after `steps`, inside [`lower`, `upper`] with a probability of about 0.95; all four are empty for a
+    run so short that the law does not reach it. `also` lists, for every
     smaller budget asked for, what models at all budgets cost together by each way to get them.
     """
 
@@ -68,8 +69,8 @@ class Plan:
 
     @property
     def loss(self) -> float:
-        """The validation loss at the end."""
-        return self.losses[-1]
+        """The validation loss at the end, NaN where it is not predicted."""
+        return self.losses[-1] if self.losses else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the configuration included."""
@@ -101,6 +102,7 @@ def make_plan(
     *,
     size: str = "auto",
     also: Sequence[Budget] = (),
+    held: Collection[str] = (),
     tell: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Measure, choose, try, and predict.
@@ -111,6 +113,7 @@ def make_plan(
         budget: seconds or tokens (or steps) of the whole run.
         size: "auto" or the name of a size in `headway.plan.sizes.LADDER`.
         also: smaller budgets, in the unit of `budget`, at which a model is wanted too.
+        held: keys (`section.key`) of `base` that the plan must leave as they are.
         tell: called with a line for each thing that is about to be done.
 
     Raises:
@@ -118,6 +121,11 @@ def make_plan(
         TrainError: the trial run failed.
     """
     chosen = None if size == "auto" else size_named(size)
+    for key in ("train.steps", "train.budget"):
+        if key in held:
+            raise ValueError(f"{key} is what a plan finds out: give the budget itself")
+    if base.batch.name != "fixed":
+        raise ValueError(f"a plan is for a fixed batch, got batch.name = {base.batch.name!r}")
     for smaller in also:
         if _unit(smaller) != _unit(budget) or _amount(smaller) >= _amount(budget):
             raise ValueError(f"a further budget must be smaller than {budget} and in its unit, got {smaller}")
@@ -128,7 +136,8 @@ def make_plan(
     tokens_per_step = base.batch.size * length
     figures: list[Figure] = []
 
-    if base.model.from_:
+    cost = None
+    if base.model.from_ or any(key.startswith("model.") for key in held):
         config = base
         tell("the model is given: no size to choose")
     else:
@@ -152,9 +161,9 @@ def make_plan(
             figures.append(Figure("model size", chosen.name, "as asked for", "--model-size"))
         config = _with(base, chosen)
 
-    guess = _guessed_steps(config, corpus, budget, base, machine, None if base.model.from_ else cost, chosen)
-    config = _configured(config, guess)
-    pilot_steps = max(2, min(PILOT_STEPS, int(guess * PILOT_SHARE), max(2, guess)))
+    guess = _guessed_steps(config, corpus, budget, cost, chosen)
+    config = _configured(config, guess, held)
+    pilot_steps = max(2, min(PILOT_STEPS, int(guess * PILOT_SHARE)))
     tell(f"training {pilot_steps} steps of the chosen run for its speed, memory and early loss")
     flat = with_schedule(config, "constant", warmup_steps=config.schedule.options.get("warmup_steps", 0))
     pilot = probe(flat, pilot_steps)
@@ -162,14 +171,14 @@ def make_plan(
     again = probe(flat, 2)
 
     steps, seconds = _fit_in(budget, pilot, again, tokens_per_step)
-    config = _configured(config, steps)
+    config = _configured(config, steps, held)
     memory = max(pilot.peak_memory_mb, again.peak_memory_mb)
     if machine.device == "cpu" and memory * 2**20 * base.launch.workers > machine.memory_bytes:
         raise ValueError(
             f"the run needs {memory * base.launch.workers / 1024:.1f} GB, this machine has "
             f"{machine.memory_bytes / 2**30:.1f} GB free: choose a smaller --model-size or batch.size"
         )
-    return _assemble(config, corpus, machine, budget, ref, pilot, steps, seconds, memory, figures, also, base)
+    return _assemble(config, corpus, machine, budget, ref, pilot, steps, seconds, memory, figures, also)
 
 
 @dataclass(frozen=True)
@@ -186,12 +195,14 @@ class _StepCost:
     def fit(
         cls, sizes: Sequence[Size], times: Sequence[float], vocabulary: int, length: int, tokens: int, workers: int
     ) -> _StepCost:
-        work = [size.flops_per_token(vocabulary, length) * tokens / workers for size in sizes]
+        # Timed on the share of the cores that one of the workers has, which together then are as many times faster.
+        work = [size.flops_per_token(vocabulary, length) * tokens for size in sizes]
         rate = (work[1] - work[0]) / max(times[1] - times[0], 1e-9)
         # A machine that is busy for one of the two gives no sensible line: then time is taken to be all operations.
         if times[1] <= times[0]:
             rate = work[1] / times[1]
-        return cls(max(0.0, times[0] - work[0] / rate), rate * workers, vocabulary, length, tokens)
+        overhead = max(0.0, times[0] - work[0] / rate)
+        return cls(overhead, rate * workers, vocabulary, length, tokens)
 
     def seconds(self, size: Size) -> float:
         return self.overhead + size.flops_per_token(self.vocabulary, self.length) * self.tokens_per_step / self.rate
@@ -228,13 +239,13 @@ def _with(base: Config, size: Size) -> Config:
     return parse(base.to_toml(), [f"model.{key}={value}" for key, value in size.section().items()])
 
 
-def _configured(config: Config, steps: int) -> Config:
+def _configured(config: Config, steps: int, held: Collection[str] = ()) -> Config:
     """The configuration with this many steps, and what follows from their number."""
     every = max(1, math.ceil(steps / EVALUATIONS))
-    changes = [f"train.steps={steps}", 'train.budget=""', f"train.evaluate_every={every}", f"checkpoint.every={every}"]
+    changes = {"train.steps": steps, "train.budget": '""', "train.evaluate_every": every, "checkpoint.every": every}
     if "warmup_steps" in config.schedule.options:
-        changes.append(f"schedule.warmup_steps={max(0, min(20, steps // 10))}")
-    return parse(config.to_toml(), changes)
+        changes["schedule.warmup_steps"] = min(20, steps // 10)
+    return parse(config.to_toml(), [f"{key}={value}" for key, value in changes.items() if key not in held])
 
 
 def rates_of(config: Config, steps: int) -> list[float]:
@@ -244,6 +255,8 @@ def rates_of(config: Config, steps: int) -> list[float]:
     peak = config.optimizer.options.get("lr", 1.0)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     schedule = build_schedule(config.schedule, optimizer, steps)
+    if hasattr(schedule, "lr_at"):
+        return [float(schedule.lr_at(step)[0]) for step in range(steps)]
     rates = []
     for _ in range(steps):
         rates.append(float(schedule.get_last_lr()[0]))
@@ -256,14 +269,12 @@ def _guessed_steps(
     config: Config,
     corpus: Corpus,
     budget: Budget,
-    base: Config,
-    machine: Machine,
     cost: _StepCost | None,
     size: Size | None,
 ) -> int:
     """Steps before the trial run: by the two timed sizes, or by timing the given model itself."""
     if not budget.seconds:
-        return max(2, budget.steps or budget.tokens // (base.batch.size * corpus.sequence_length))
+        return max(2, budget.steps or budget.tokens // (config.batch.size * corpus.sequence_length))
     per_step = cost.seconds(size) if cost is not None and size is not None else step_seconds(config, corpus)
     return max(2, int(budget.seconds / per_step))
 
@@ -297,11 +308,11 @@ def _assemble(
     memory: float,
     figures: list[Figure],
     also: Sequence[Budget],
-    base: Config,
 ) -> Plan:
     tokens_per_step = config.batch.size * corpus.sequence_length
     tokens = steps * tokens_per_step
-    body = (pilot.parameters - corpus.vocab_size * config.model.hidden_size) / 1e6
+    matrices = 1 if config.model.tie_embeddings else 2  # the embedding, and an output of its own
+    body = (pilot.parameters - matrices * corpus.vocab_size * config.model.hidden_size) / 1e6
     notes = []
     costs: dict[str, int] = {}
     if also:
@@ -325,31 +336,35 @@ def _assemble(
     losses = losses * ratio
     doubt = 2 * math.hypot(ref.spread, 0.01 if known else 0.05) + 0.5 * abs(math.log(ratio)) + 0.03 * len(notes)
     shown = [step for step in _checkpoints(steps) if math.isfinite(losses[step - 1])]
-    if not shown:
-        raise TrainError(
-            f"a run of {steps} steps ends before the loss can be predicted: give it more time, or fewer tokens a step"
-        )
     values = [float(losses[step - 1]) for step in shown]
+    if not values:
+        notes.append(
+            f"the loss is not predicted: the run ends at {tokens / 1e6:.2g} M tokens, the reference runs are told from "
+            f"{ref.limits['S1'][0]:.2g} M on"
+        )
     epochs = tokens / corpus.train_tokens
+    schedule = get(config.schedule.name, "schedule")
     figures = [
         *figures,
         Figure(
             "batch",
             f"{config.batch.size} x {corpus.sequence_length} = {tokens_per_step:,} tokens",
-            "as configured: that of the reference" if config.batch.size == base.batch.size else "as configured",
+            "that of the reference runs" if tokens_per_step == ref.settings["tokens_per_step"] else "as asked for",
             "[batch] size",
         ),
         Figure(
             "learning rate",
             f"{config.optimizer.options.get('lr', '-')} ({config.optimizer.name})",
-            "the peak that the reference runs were made with",
-            "benchmarks/plan_reference.py",
+            "the peak of the reference runs"
+            if config.optimizer.options.get("lr") == ref.settings["lr"]
+            else "as asked for",
+            "[optimizer] lr",
         ),
         Figure(
             "schedule",
             f"{config.schedule.name}, warm-up {config.schedule.options.get('warmup_steps', 0)}",
-            "one run for several budgets: decays before each" if also else "made for a small fixed number of steps",
-            "arXiv 2410.05192" if also else "arXiv 2107.04197",
+            "one run for several budgets: decays before each" if also else schedule.summary,
+            f"arXiv {schedule.arxiv}" if schedule.arxiv else "[schedule]",
         ),
         Figure(
             "steps",
@@ -365,19 +380,23 @@ def _assemble(
             "trial run",
         ),
         Figure("memory", f"{memory / 1024:.2f} GB per worker", "peak of the trial run", "trial run"),
-        Figure(
-            "validation loss",
-            f"{values[-1]:.3f} ({values[-1] * math.exp(-doubt):.3f} to {values[-1] * math.exp(doubt):.3f})",
-            f"reference curve times {ratio:.3f}, the ratio of early losses",
-            "reference.json; arXiv 2408.11029",
-        ),
     ]
+    if values:
+        figures.append(
+            Figure(
+                "validation loss",
+                f"{values[-1]:.3f} ({values[-1] * math.exp(-doubt):.3f} to {values[-1] * math.exp(doubt):.3f})",
+                f"reference curve times {ratio:.3f}, the ratio of early losses",
+                "reference.json; arXiv 2408.11029",
+            )
+        )
     if tokens > corpus.train_tokens:
         notes.append(
             f"the text has {corpus.train_tokens:,} tokens and is read {epochs:.1f} times: "
             "fresh text would serve better (arXiv 1906.06669)"
         )
     section = {
+        "total_steps": steps,
         "seconds": round(seconds, 1),
         "memory_mb": round(memory, 1),
         "steps": shown,

@@ -33,6 +33,7 @@ from headway.resilience import CheckpointError, CheckpointStore
 from headway.snapshot import rng_state, set_rng_state
 from headway.train import TrainError
 from headway.train.display import Display
+from headway.train.machine import cores, processor
 from headway.train.model import NextTokenLoss, build_model, one_line
 from headway.train.run import MetricsLog, RunFolder
 from headway.train.workers import Workers
@@ -71,7 +72,7 @@ class Trainer:
         train = self.config.train
         self.micro_batch = self._micro_batch()
         self.device = self.workers.device(train.device)
-        threads = train.threads or max(1, _cores() // self.workers.local_count)
+        threads = train.threads or max(1, cores() // self.workers.local_count)
         torch.set_num_threads(threads)
 
         self.model = build_model(self.config.model, self.corpus, train.seed).to(self.device)
@@ -81,6 +82,7 @@ class Trainer:
         self.budget = self.config.budget
         self.total_steps = self.config.nominal_steps
         self.timed: tuple[int, float] | None = None  # step and elapsed time at which a budget of time became steps
+        self._mark: tuple[int, float] | None = None  # from when on steps are timed for it
         self.schedule = build_schedule(self.config.schedule, self.optimizer, self.total_steps)
         self.batch = build_batch_schedule(
             self.config.batch,
@@ -88,11 +90,6 @@ class Trainer:
             workers=self.workers.count,
             unit=self.micro_batch * self.workers.count,
         )
-        if self.batch.needs == "chunks" and self.batch.size < 2 * self.micro_batch:
-            raise TrainError(
-                f"batch schedule '{self.config.batch.name}' compares micro-batches: batch.micro_batch must be at most "
-                f"half of batch.size ({self.batch.size}), got {self.config.batch.micro_batch or self.micro_batch}"
-            )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
         self.twice = getattr(self.optimizer, "step_protocol", "gradients") == "graph"
@@ -108,11 +105,11 @@ class Trainer:
         if self.workers.count > 1:
             self.objective = DistributedDataParallel(self.objective)
 
-        self.step = self.tokens = 0
+        self.step = self.tokens = self._entered = 0
         self.seconds = self.elapsed = self.elapsed_here = 0.0  # in steps alone, all in all, and in this process
         self._clock = time.perf_counter()  # less what had elapsed before
         self.validation_loss = math.nan
-        self.interrupted = False
+        self.interrupted = self._stop_wanted = False
         self.log: MetricsLog | None = None
         self.events: list[tuple[str, str]] = []
         self.store = None
@@ -138,18 +135,19 @@ class Trainer:
         self.model.train()
         entered = time.perf_counter()
         self._clock = entered - self.elapsed
-        published = set(getattr(self.schedule, "checkpoints", ()))
         try:
             with self._interruptible(), _deterministic(self.device):
                 while not self.done and not self.interrupted:
+                    before = self.position()
                     self._one_step()
-                    publish = self.step in published and not self.done
+                    after, ends = self.position(), getattr(self.schedule, "checkpoints", ())
+                    publish = not self.done and any(before < end <= after for end in ends)
                     if self.done or publish or _due(self.step, config.train.evaluate_every):
                         self.evaluate()
-                    if self.done or publish or self.interrupted or _due(self.step, config.checkpoint.every):
-                        self.save()
                     if publish:
                         self.publish()
+                    if self.done or publish or self.interrupted or _due(self.step, config.checkpoint.every):
+                        self.save()
         finally:
             self.elapsed_here = time.perf_counter() - entered
             self.elapsed = time.perf_counter() - self._clock
@@ -186,10 +184,16 @@ class Trainer:
         if self.run is None or self.workers.rank > 0:
             return
         folder = self.run.published(self.step)
-        with self.evaluation_point():
-            self.model.save_pretrained(folder)
-            self.corpus.tokenizer().save_pretrained(folder)
-        self.display.note(f"model of step {self.step}: {folder}")
+        try:
+            with self.evaluation_point():
+                self.model.save_pretrained(folder)
+                self.corpus.tokenizer().save_pretrained(folder)
+        except OSError as error:
+            text = f"the model of step {self.step} was not written: {error.strerror or error}"
+            self.display.warn(text)
+            self._record({"step": self.step, "event": "model not written", "text": text})
+        else:
+            self.display.note(f"model of step {self.step}: {folder}")
 
     def _micro_batch(self) -> int:
         """Sequences per forward pass."""
@@ -225,7 +229,7 @@ class Trainer:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         lr = self.schedule.get_last_lr()[0] * self.batch.lr_factor
         elapsed = time.perf_counter() - self._clock
-        total, stopped, elapsed = self.workers.sum(loss.item(), float(self.interrupted), elapsed)
+        total, stopped, elapsed = self.workers.sum(loss.item(), float(self._stop_wanted), elapsed)
         self.elapsed = elapsed / self.workers.count  # the workers must agree on it
         loss_value, grad_norm = total / self.workers.count, norm.item()
         self.interrupted = stopped > 0
@@ -274,11 +278,14 @@ class Trainer:
 
     def _time_the_budget(self) -> None:
         """Turn a budget of time into steps, once some have been timed, and lay the schedule out anew."""
-        if self.step == TIMED_STEPS // 2:
-            self._half = self.elapsed
-        if self.step < TIMED_STEPS:
+        if self._mark is None:
+            if self.step - self._entered >= TIMED_STEPS // 2:
+                self._mark = (self.step, self.elapsed)
             return
-        per_step = (self.elapsed - self._half) / (TIMED_STEPS - TIMED_STEPS // 2)
+        counted = self.step - self._mark[0]
+        if counted < TIMED_STEPS - TIMED_STEPS // 2:
+            return
+        per_step = (self.elapsed - self._mark[1]) / counted
         left = max(0.0, self.budget.seconds - self.elapsed)
         self.total_steps = max(self.step + 1, self.step + round(left / per_step))
         self.timed = (self.step, self.elapsed)
@@ -289,8 +296,15 @@ class Trainer:
         """The schedule for `total_steps`, from its first step."""
         for group in self.optimizer.param_groups:
             group["lr"] = group.pop("initial_lr", group["lr"])
+        section = self.config.schedule
+        fitting = min(20, self.total_steps // 10)
+        if section.name in section.defaults and section.options == {"warmup_steps": 20} and fitting < 20:
+            self.display.note(
+                f"warm-up of {fitting} steps, a tenth of the {self.total_steps} that the budget has room for"
+            )
+            section = section.model_copy(update={"warmup_steps": fitting})
         try:
-            self.schedule = build_schedule(self.config.schedule, self.optimizer, self.total_steps)
+            self.schedule = build_schedule(section, self.optimizer, self.total_steps)
         except ValueError as error:
             raise TrainError(
                 f"train.budget = {str(self.budget)!r} has room for {self.total_steps} steps on this machine: {error}"
@@ -423,6 +437,8 @@ class Trainer:
         """Take a checkpoint; a failure is told, and ends the run only if `checkpoint.on_error` says so."""
         if self.store is None:
             return
+        (elapsed,) = self.workers.sum(time.perf_counter() - self._clock)
+        self.elapsed = elapsed / self.workers.count
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -453,21 +469,31 @@ class Trainer:
             raise TrainError(f"the text of data.source {self.config.data.source!r} is not what this run was trained on")
         self.model.load_state_dict(restored.state["model"])
         self.optimizer.load_state_dict(restored.state["optimizer"])
-        laid_out = progress.get("total_steps", self.total_steps)
+        laid_out = progress.get("total_steps")
         if self.budget.seconds and progress.get("timed"):
             self.timed = tuple(progress["timed"])
             self.total_steps = laid_out
             self._lay_out()
         self.schedule.load_state_dict(restored.state["schedule"])
-        if self.total_steps > laid_out:
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate  # a state does not write its rates into the groups
+        if laid_out is None:  # a checkpoint of an older version
+            laid_out = getattr(self.schedule, "checkpoints", (getattr(self.schedule, "total_steps", 0),))[-1]
+        if not self.budget.seconds and self.total_steps > laid_out > 0:
             self._extend(laid_out)
         if "batch" in restored.state:
-            self.batch.load_state_dict(restored.state["batch"])
+            try:
+                self.batch.load_state_dict(restored.state["batch"])
+            except ValueError as error:
+                raise TrainError(
+                    f"the batch of this run does not suit {self.workers.count} workers: {error}"
+                ) from error
         if restored.rank_state is not None:
             set_rng_state(restored.rank_state)
-        self.step, self.tokens = restored.step, progress["tokens"]
+        self.step, self.tokens = self._entered, _ = restored.step, progress["tokens"]
         self.seconds, self.validation_loss = progress["seconds"], progress["validation_loss"]
         self.elapsed = progress.get("elapsed", self.seconds)
+        self._advance()  # an extended schedule is past the end of the one before
         self.events = [("checkpoint damaged", f"checkpoint passed over: {text}") for text in restored.skipped]
         self.events.append(("resumed", f"resumed from the checkpoint at step {self.step}"))
         for _, text in self.events:
@@ -480,7 +506,10 @@ class Trainer:
                 f"schedule '{self.config.schedule.name}' was laid out for {laid_out:,} steps and cannot be extended to "
                 f"{self.total_steps:,}: only schedules made for it can (wsd-s)"
             )
-        self.schedule.extend(self.total_steps)
+        try:
+            self.schedule.extend(self.total_steps)
+        except ValueError as error:
+            raise TrainError(f"the run cannot be extended to {self.total_steps:,} steps: {error}") from error
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on."""
@@ -491,7 +520,7 @@ class Trainer:
             "platform": platform.platform(),
             "processor": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor(),
             "device": self.device.type,
-            "cores": _cores(),
+            "cores": cores(),
             "threads": torch.get_num_threads(),
             "workers": self.workers.count,
             "precision": self.precision,
@@ -512,9 +541,9 @@ class Trainer:
         """SIGINT and SIGTERM end the run after the present step; a second SIGINT at once."""
 
         def stop(number: int, frame: Any) -> None:
-            if self.interrupted and number == signal.SIGINT:
+            if self._stop_wanted and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self._stop_wanted = True  # all workers stop after the same step: the next one that they agree on
             self.display.note("stopping after this step (Ctrl-C again: at once)")
 
         try:
@@ -572,10 +601,6 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _precision(wanted: str, device: torch.device, display: Display) -> str:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
@@ -616,11 +641,3 @@ def _peak_memory_mb(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
-    except OSError:
-        return platform.processor() or "unknown"

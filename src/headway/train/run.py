@@ -76,11 +76,20 @@ class RunFolder:
         """The folder of a model that was kept at a step before the run's end."""
         return self.path / "models" / f"step-{step:06d}"
 
-    def keep_model(self, step: int) -> None:
+    def keep_model(self) -> None:
         """Move the final model of a run that goes on to where those kept before the end are."""
-        if self.complete:
-            self.published(step).parent.mkdir(exist_ok=True)
-            os.replace(self.model, self.published(step))
+        from headway.resilience import CheckpointStore
+
+        steps = CheckpointStore(self.checkpoints).steps()
+        if self.complete and steps:
+            self.published(max(steps)).parent.mkdir(exist_ok=True)
+            os.replace(self.model, self.published(max(steps)))
+
+    def write_config(self, config: Config) -> None:
+        """Replace `config.toml` in one step."""
+        temporary = self.config_file.with_name(f".{self.config_file.name}.{os.getpid()}")
+        temporary.write_text(config.to_toml(), encoding="utf-8")
+        os.replace(temporary, self.config_file)
 
     def write_json(self, path: Path, value: Any) -> None:
         """Replace a small file in one step."""
