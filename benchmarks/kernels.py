@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from headway.kernels import library
+from headway.kernels.adagrad import adagrad_, adagrad_reference_
 from headway.kernels.adam import adam_, adam_reference_
 from headway.kernels.blockwise import adam8_, adam8_reference_, blocks
 from headway.kernels.finite import first_nonfinite, first_nonfinite_reference
-from headway.kernels.project import project_orthogonal_, project_orthogonal_reference_
+from headway.kernels.norm import squared_norms, squared_norms_reference
+from headway.kernels.project import (
+    Projection,
+    orthogonal_projections,
+    orthogonal_projections_reference,
+    project_orthogonal_,
+    project_orthogonal_reference_,
+)
 from headway.kernels.select import (
     clamp_magnitude_,
     clamp_magnitude_reference_,
@@ -69,6 +77,12 @@ def subjects() -> dict[str, Callable[[], object]]:
     def adam(function: Callable, **options: object) -> Callable[[], object]:
         return torch.no_grad()(lambda: function(own, grads, *moments, **rule, **options))
 
+    def adagrad(function: Callable, **options: object) -> Callable[[], object]:
+        return torch.no_grad()(lambda: function(own, grads, moments[0], x_step=1e-3, mix=0.1, **options))
+
+    norm, diagonal = {"inverses": torch.ones(len(own), dtype=torch.float64)}, {"sums": moments[1]}
+    projections = [Projection(1e-3, 1.0, 0)] * len(own)
+
     def adam8(function: Callable) -> Callable[[], object]:
         return torch.no_grad()(lambda: function(own, grads, codes[0], absmax[0], codes[1], absmax[1], **rule))
 
@@ -81,6 +95,14 @@ def subjects() -> dict[str, Callable[[], object]]:
         "adam_, friction reference": adam(adam_reference_, previous_grads=previous),
         "adam_, spike and clip": adam(adam_, spike=50.0, clip=1.0),
         "adam_, spike and clip reference": adam(adam_reference_, spike=50.0, clip=1.0),
+        "adam_, projections": adam(adam_, projections=projections),
+        "adam_, projections reference": adam(adam_reference_, projections=projections),
+        "adam_, bounds": adam(adam_, bounds=[4.0] * len(own)),
+        "adam_, bounds reference": adam(adam_reference_, bounds=[4.0] * len(own)),
+        "adagrad_, norm": adagrad(adagrad_, **norm),
+        "adagrad_, norm reference": adagrad(adagrad_reference_, **norm),
+        "adagrad_, diagonal": adagrad(adagrad_, **diagonal),
+        "adagrad_, diagonal reference": adagrad(adagrad_reference_, **diagonal),
         "adam8_": adam8(adam8_),
         "adam8_ reference": adam8(adam8_reference_),
         "first_nonfinite": lambda: first_nonfinite(grads),
@@ -90,6 +112,10 @@ def subjects() -> dict[str, Callable[[], object]]:
         "kth_largest_magnitude, 1 % reference": lambda: kth_largest_magnitude_reference(grads, count // 100),
         "clamp_magnitude_": lambda: clamp_magnitude_(grads, 4.0),
         "clamp_magnitude_ reference": lambda: clamp_magnitude_reference_(grads, 4.0),
+        "squared_norms": lambda: squared_norms(grads),
+        "squared_norms reference": lambda: squared_norms_reference(grads),
+        "orthogonal_projections": lambda: orthogonal_projections(grads, weights, renormalize=True),
+        "orthogonal_projections reference": lambda: orthogonal_projections_reference(grads, weights, renormalize=True),
         "project_orthogonal_": lambda: project_orthogonal_(grads, weights, renormalize=True),
         "project_orthogonal_ reference": lambda: project_orthogonal_reference_(grads, weights, renormalize=True),
     }

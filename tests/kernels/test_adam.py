@@ -8,6 +8,7 @@ from tests.kernels.conftest import needs_library
 
 from headway.kernels import library
 from headway.kernels.adam import adam_, adam_reference_
+from headway.kernels.project import Projection
 
 RULE = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 OPTIONS = {
@@ -178,6 +179,41 @@ def test_native_false_is_the_reference_to_the_bit():
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def projections(count, close):
+    return [Projection(0.25 - 0.05 * index, 1.5, int(close)) for index in range(count - 1)] + [Projection(0, 1, 0)]
+
+
+@pytest.mark.parametrize("name", ["bare", "all"])
+@pytest.mark.parametrize("close", [False, True])
+def test_projected_and_bounded_gradients_are_left_behind(instruction_set, name, close):
+    changes = {"bounds": [0.9] * len(SHAPES), **OPTIONS[name]}
+    sign = -1.0 if name == "all" else 1.0
+    native, reference, by_hand = lists(sign=sign), lists(sign=sign), lists(sign=sign)
+    changes["projections"] = projections(len(SHAPES), close)
+    step(adam_, native, native=True, **changes)
+    step(adam_reference_, reference, **changes)
+    assert_close(native, reference)
+    for g, p, own in zip(by_hand[1], by_hand[0], changes.pop("projections"), strict=True):
+        g.copy_(((g - own.along * p) * own.scale).clamp(-0.9, 0.9))
+    step(adam_, by_hand, native=True, **OPTIONS[name])
+    assert_close(native, by_hand)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_changed_gradients_of_other_dtypes_go_to_the_reference(dtype):
+    own = lists(layout=torch.Tensor.double) if dtype == torch.float64 else lists(dtype=dtype)
+    expected = [g.clone().clamp(-0.9, 0.9) for g in own[1]]
+    step(adam_, own, bounds=[0.9] * len(SHAPES))
+    assert all(torch.equal(a, b) for a, b in zip(own[1], expected, strict=True))
+
+
+def test_the_reference_does_not_depend_on_how_tensors_are_cut(monkeypatch):
+    whole = step(adam_reference_, lists(friction=True), **OPTIONS["all"])
+    monkeypatch.setattr("headway.kernels.adam._PIECE", 1024)
+    cut = step(adam_reference_, lists(friction=True), **OPTIONS["all"])
+    assert_close(cut, whole, rtol=1e-7, atol=1e-7)
+
+
 def test_empty_lists():
     step(adam_, ([], [], [], [], None))
     step(adam_, ([], [], [], [], []))
@@ -205,6 +241,7 @@ def test_not_a_number_stays_one(instruction_set):
 @needs_library
 def test_friction_from_no_change_to_any_change():
     change = torch.cat([torch.tensor([0.0, 1e-30, 31.9, 32.0, 1e3, 1e30]), torch.linspace(0, 40, 4001)])
+    change = torch.cat([change, torch.linspace(0, 0.04, 4001)])
     p, m, v = torch.zeros_like(change), torch.ones_like(change), torch.ones_like(change)
     expected = -0.5 * change.double().sigmoid().float()
     adam_(

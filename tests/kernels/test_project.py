@@ -7,7 +7,12 @@ import torch
 from tests.kernels.conftest import needs_library
 
 from headway.kernels import library
-from headway.kernels.project import project_orthogonal_, project_orthogonal_reference_
+from headway.kernels.project import (
+    orthogonal_projections,
+    orthogonal_projections_reference,
+    project_orthogonal_,
+    project_orthogonal_reference_,
+)
 
 SHAPES = [(2,), (7,), (33,), (3, 5), (33, 65), (100_003,), (2, 3, 5, 7)]
 FUNCTIONS = [project_orthogonal_, project_orthogonal_reference_]
@@ -166,3 +171,31 @@ def test_empty_lists():
 def test_lists_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match=r"shorter|longer"):
         project_orthogonal_([torch.ones(2)], [], renormalize=True)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("along", [0.0, 0.5, 1e3, 1e5])
+def test_projections_are_what_the_projection_does(instruction_set, renormalize, along):
+    own, weights = lists(along=along)
+    reference = orthogonal_projections_reference(own, weights, renormalize=renormalize)
+    native = orthogonal_projections(own, weights, renormalize=renormalize)
+    projected = [g.clone() for g in own]
+    project_orthogonal_(projected, weights, renormalize=renormalize)
+    for g, w, a, b, expected in zip(own, weights, native, reference, projected, strict=True):
+        assert a.along == pytest.approx(b.along, rel=1e-6, abs=1e-6)
+        assert a.scale == pytest.approx(b.scale, rel=1e-5)
+        by_hand = (g.double() - a.along * w.double()) * a.scale
+        assert (by_hand - expected.double()).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("function", [orthogonal_projections, orthogonal_projections_reference])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_shows_in_its_projection(function, value):
+    for shape in ((2,), (100_003,)):
+        for weight in (torch.ones(shape), torch.zeros(shape), torch.full(shape, torch.inf)):
+            grad = torch.ones(shape)
+            grad[1] = value
+            (bad,) = function([grad], [weight], renormalize=True)
+            assert not torch.tensor(bad.along).isfinite()
+    (large,) = function([torch.full((9,), 3e38)], [torch.ones(9)], renormalize=True)
+    assert torch.tensor(large.along).isfinite()

@@ -12,6 +12,8 @@ from headway.kernels.select import (
     clamp_magnitude_reference_,
     kth_largest_magnitude,
     kth_largest_magnitude_reference,
+    largest_magnitudes,
+    largest_magnitudes_reference,
 )
 
 SAMPLE = 2**16  # of the native selection: up to so many elements are all looked at
@@ -68,6 +70,17 @@ def test_native_on_every_instruction_set(instruction_set):
         ordered = x.abs().sort(descending=True).values
         for k in ranks(count):
             assert kth_largest_magnitude([x], k) == ordered[k - 1]
+
+
+@pytest.mark.parametrize("value", [7e30, float("inf"), float("nan")])
+def test_the_largest_is_seen_wherever_it_is(instruction_set, value):
+    for count in (9, SAMPLE + 100_003):
+        for place in (0, count // 2, count - 1):
+            x = draw("normal", count)
+            x[place] = -value
+            found = largest_magnitudes(parts_of(x), 5)
+            assert found == pytest.approx(largest_magnitudes_reference(parts_of(x), 5), rel=0, abs=0, nan_ok=True)
+            assert found[1] == pytest.approx(torch.tensor(value).item(), rel=0, abs=0, nan_ok=True)
 
 
 def places_of_sample(total: int) -> torch.Tensor:

@@ -126,8 +126,8 @@ def test_the_trial_run_starts_as_the_long_run_does(faked, usual):
 
 
 def test_settings_unlike_the_reference_are_said_and_widen_the_interval(faked):
-    base = load(overrides=["train.steps=320", "optimizer.name=adamw", "optimizer.lr=0.001"])
-    plan = propose.make_plan(base, FakeCorpus(), Budget(seconds=600), size="s")
+    base = load(overrides=["train.steps=320", "optimizer.lr=0.001"])
+    plan = propose.make_plan(base, FakeCorpus(), Budget(seconds=600), size="s", held={"optimizer.lr"})
     assert any("optimizer.lr is 0.001" in note for note in plan.notes)
     usual = propose.make_plan(load(overrides=["train.steps=320"]), FakeCorpus(), Budget(seconds=600), size="s")
     assert plan.upper[-1] / plan.loss > usual.upper[-1] / usual.loss

@@ -61,7 +61,7 @@ def test_a_budget_of_time_ends_on_time_with_the_schedule_at_its_end(tiny, monkey
     monkeypatch.setattr("headway.train.loop.time.perf_counter", Clock(0.5))
     subject = build([*tiny, *budget("90s"), "schedule.name=rex", "schedule.warmup_steps=4", "train.evaluate_every=0"])
     seen = steps_of(subject)
-    assert 90 <= seen[-1]["elapsed"] < 92
+    assert 90 <= seen[-1]["elapsed"] < 93
     rates = [record["lr"] for record in seen]
     assert rates[:5] == [pytest.approx(4e-3 * part / 4) for part in range(5)]
     assert len(rates) > 3 * TIMED_STEPS
@@ -149,14 +149,14 @@ WSDS = ["schedule.name=wsd-s"]
         (["train.budget=0 tokens"], "train.budget: a budget must be > 0"),
         (
             ["train.budget=10 tokens"],
-            "train.budget: a budget must pay for at least one step, 2048 tokens, got 10 tokens",
+            "train.budget: a budget must pay for at least one step, 2048 tokens, got 10",
         ),
-        (["schedule.name=wsd-s", "schedule.checkpoints=[6]"], r"must end with the run's last step \(320\), got \[6\]"),
+        ([*WSDS, "schedule.checkpoints=[6]"], r"must end with the last step of the run \(320\), got \[6\]"),
         (
             ["schedule.name=wsd-s", "schedule.checkpoints=[6]", "train.budget=1h"],
             "must be left out beside a budget of time",
         ),
-        (["train.budget=100 tokens", "schedule.name=rex", "schedule.warmup_steps=3"], "warmup_steps must be < total"),
+        (["train.budget=5000 tokens", "schedule.name=rex", "schedule.warmup_steps=3"], "warmup_steps must be < total"),
         (["batch.name=rampp"], r"batch.name: unknown batch schedule method 'rampp' \(did you mean 'ramp'"),
         (["batch.name=ramp", "batch.max_batch=2"], "max_batch"),
         (["batch.name=ramp", "batch.max_batch=64", "batch.factr=2"], "unknown key 'batch.factr' for ramp"),

@@ -21,19 +21,22 @@ __all__ = ["available", "dense_alike", "instruction_set", "library", "pointers",
 
 _PATH = Path(__file__).with_name("_native.so")
 # Raised here and in native/parallel.c with every change of a signature.
-_VERSION = 2
+_VERSION = 3
 _INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512")
 
 _size, _int, _double, _pointer = ctypes.c_size_t, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
 _SIGNATURES = {
-    "headway_adam": [_size, _pointer, _int, *[_pointer] * 7, *[_double] * 8, _int, _int],
+    "headway_adagrad": [_size, *[_pointer] * 6, *[_double] * 7, _int],
+    "headway_adam": [_size, _pointer, _int, *[_pointer] * 9, *[_double] * 8, _int, _int],
     "headway_adam8": [_size, _pointer, _int, _size, *[_pointer] * 8, *[_double] * 6, _int, _int],
     "headway_clamp": [_size, _pointer, _pointer, _double, _int],
     "headway_code": [_int, _int, _size, _size, _pointer, _pointer, _pointer, _int],
     "headway_first_nonfinite": [_size, _pointer, _pointer, _pointer, _pointer, _int],
     "headway_kth_largest": [_size, _pointer, _pointer, _size, _pointer, _int],
     "headway_project": [_size, _pointer, _pointer, _pointer, _int, _int],
+    "headway_projections": [_size, _pointer, _pointer, _pointer, _pointer, _int, _int],
     "headway_set_map": [_int, _pointer, _pointer],
+    "headway_squared_norms": [_size, _pointer, _pointer, _pointer, _int],
 }
 
 

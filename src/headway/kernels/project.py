@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 
 from headway.kernels import library
 
-__all__ = ["project_orthogonal_", "project_orthogonal_reference_"]
+__all__ = [
+    "Projection",
+    "orthogonal_projections",
+    "orthogonal_projections_reference",
+    "project_orthogonal_",
+    "project_orthogonal_reference_",
+]
 
 _PARALLEL = 1e-6  # |g_perp| below this fraction of |g| is rounding noise
 
@@ -49,8 +56,59 @@ def project_orthogonal_reference_(grads: Sequence[Tensor], weights: Sequence[Ten
     for g, w in zip(grads, weights, strict=True):
         dtype = torch.float32 if g.device.type == "mps" else torch.float64
         wide, weight = g.to(dtype), w.to(dtype)
-        norm = torch.linalg.vector_norm(wide)
-        rest = wide - (weight * wide).sum() / (weight.square().sum() + 1e-30) * weight
-        length = torch.linalg.vector_norm(rest)
-        scale = norm / (length + 1e-30) if renormalize else torch.ones_like(length)
-        g.copy_(rest * torch.where(length < _PARALLEL * norm, 0.0, scale))
+        along, scale = _projection(wide, weight, renormalize)
+        g.copy_((wide - along * weight) * scale)
+
+
+class Projection(ctypes.Structure):
+    """How a gradient becomes orthogonal to its weight: g <- scale (g - along w), in float64 where `close`."""
+
+    _fields_ = (("along", ctypes.c_double), ("scale", ctypes.c_double), ("close", ctypes.c_int))
+    along: float
+    scale: float
+    close: int
+
+
+def orthogonal_projections(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], *, renormalize: bool
+) -> list[Projection]:
+    """What `project_orthogonal_` would do to each gradient, for `adam_` to do: one pass that changes nothing.
+
+    `along` is not finite where the gradient is not. The tensors are on the CPU.
+
+    >>> (own,) = orthogonal_projections([torch.tensor([3.0, 4.0])], [torch.tensor([2.0, 0.0])], renormalize=False)
+    >>> own.along, own.scale
+    (1.5, 1.0)
+    """
+    loaded = library.library()
+    pairs = zip(grads, weights, strict=True)
+    if loaded is None or not all(library.takes(g) and library.takes(w) and library.dense_alike(g, w) for g, w in pairs):
+        return orthogonal_projections_reference(grads, weights, renormalize=renormalize)
+    projections = (Projection * len(grads))()
+    if not loaded.headway_projections(
+        len(grads),
+        library.sizes(grads),
+        library.pointers(grads),
+        library.pointers(weights),
+        projections,
+        renormalize,
+        torch.get_num_threads(),
+    ):
+        raise MemoryError("the native projection could not allocate its sums")
+    return list(projections)
+
+
+def orthogonal_projections_reference(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], *, renormalize: bool
+) -> list[Projection]:
+    """The same in torch operations, in float64."""
+    numbers = [_projection(g.double(), w.double(), renormalize) for g, w in zip(grads, weights, strict=True)]
+    return [Projection(float(along), float(scale), 1) for along, scale in numbers]
+
+
+def _projection(g: Tensor, w: Tensor, renormalize: bool) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(g)
+    along = (w * g).sum() / (w.square().sum() + 1e-30)
+    length = torch.linalg.vector_norm(g - along * w)
+    scale = norm / (length + 1e-30) if renormalize else torch.ones_like(length)
+    return along, torch.where(length < _PARALLEL * norm, 0.0, scale)

@@ -15,39 +15,56 @@ __all__ = [
     "clamp_magnitude_reference_",
     "kth_largest_magnitude",
     "kth_largest_magnitude_reference",
+    "largest_magnitudes",
+    "largest_magnitudes_reference",
 ]
 
 
 def kth_largest_magnitude(tensors: Sequence[Tensor], k: int) -> float:
     """The k-th largest |x| over all elements of the tensors, k from 1; exact, ties counted one by one.
 
-    The tensors are float32 or all float64. NaN has no place in the order: callers refuse it before.
+    The tensors are float32 or all float64. NaN counts as larger than infinity.
 
     Raises `ValueError` unless 1 <= k <= number of elements.
 
     >>> kth_largest_magnitude([torch.tensor([3.0, -1.0]), torch.tensor([-2.0])], 2)
     2.0
     """
+    return largest_magnitudes(tensors, k)[0]
+
+
+def largest_magnitudes(tensors: Sequence[Tensor], k: int) -> tuple[float, float]:
+    """`kth_largest_magnitude`, and the largest magnitude: not finite if one of the elements is not.
+
+    >>> largest_magnitudes([torch.tensor([3.0, -1.0]), torch.tensor([-2.0])], 2)
+    (2.0, 3.0)
+    """
     count = sum(t.numel() for t in tensors)
     if not 1 <= k <= count:
         raise ValueError(f"k must be in [1, {count}], got {k!r}")
     loaded = library.library()
     if loaded is None or not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
-        return kth_largest_magnitude_reference(tensors, k)
+        return largest_magnitudes_reference(tensors, k)
     dense = [t if library.takes(t) else t.detach().contiguous() for t in tensors]
     if not all(library.takes(t) for t in dense):
-        return kth_largest_magnitude_reference(tensors, k)
-    magnitude = ctypes.c_float()
+        return largest_magnitudes_reference(tensors, k)
+    magnitudes = (ctypes.c_float * 2)()
     if not loaded.headway_kth_largest(
         len(dense),
         library.sizes(dense),
         library.pointers(dense),
         k,
-        ctypes.byref(magnitude),
+        magnitudes,
         torch.get_num_threads(),
     ):
         raise MemoryError("the native selection could not allocate its sample")
-    return magnitude.value
+    return magnitudes[0], magnitudes[1]
+
+
+def largest_magnitudes_reference(tensors: Sequence[Tensor], k: int) -> tuple[float, float]:
+    """The same by `kth_largest_magnitude_reference` and a maximum."""
+    largest = torch.stack([t.detach().abs().amax() for t in tensors if t.numel()]).amax()
+    return kth_largest_magnitude_reference(tensors, k), largest.item()
 
 
 def kth_largest_magnitude_reference(

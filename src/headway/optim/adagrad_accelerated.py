@@ -19,7 +19,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.optim.checks import gradients, local
+from headway.kernels.adagrad import adagrad_
+from headway.kernels.norm import squared_norms
+from headway.optim.checks import dense_gradients, local, require_finite_gradients
 from headway.optim.evaluation_point import EvaluationPointOptimizer
 from headway.optim.state import restore_state
 
@@ -185,12 +187,15 @@ class AdaGradAGD(EvaluationPointOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ready = gradients("AdaGradAGD", self.param_groups)
+        ready = dense_gradients("AdaGradAGD", self.param_groups)
         batches = [
             batch
             for group, params in zip(self.param_groups, ready, strict=True)
             for batch in self._batches(group, params)
         ]
+        for batch in batches:
+            _measure(batch)
+        self._require_finite(ready, batches)
         for batch in batches:
             self._prepare(batch)
         self._accumulate_norm([batch for batch in batches if batch.group["mode"] == "norm"])
@@ -212,9 +217,20 @@ class AdaGradAGD(EvaluationPointOptimizer):
             batch.grads.append(p.grad)
         return list(batches.values())
 
+    def _require_finite(self, ready: list[list[Any]], batches: list[_Batch]) -> None:
+        """Refuse gradients that are not finite; squared norms that are finite tell that gradients are.
+
+        Norms are read on the CPU only, where nothing is waited for.
+        """
+        for batch in batches:
+            norms = batch.squared_norms
+            if norms is None or not norms.is_cpu or not all(map(math.isfinite, norms.tolist())):
+                require_finite_gradients("AdaGradAGD", self.param_groups, ready)
+                return
+
     def _prepare(self, batch: _Batch) -> None:
-        """Fill in the batch's tensors, creating state where a parameter takes its first step."""
-        group, compute = batch.group, _compute_dtype(batch.params[0].dtype)
+        """Fill in the batch's states, creating them where a parameter takes its first step."""
+        group, compute = batch.group, batch.points[0].dtype
         batch.states = [self.state[p] for p in batch.params]
         for p, state in zip(batch.params, batch.states, strict=True):
             if not state:
@@ -225,12 +241,6 @@ class AdaGradAGD(EvaluationPointOptimizer):
                 elif group["mode"] == "tensor":
                     state["sum_of_squares"] = _scalar(group["initial_accumulator"], p.device)
             state["step"] = batch.t
-        batch.points = _as(compute, local(batch.params))
-        batch.grads = _as(compute, local(batch.grads))
-        if group["maximize"]:
-            batch.grads = list(torch._foreach_neg(batch.grads))
-        if group["weight_decay"] and not group["decoupled"]:
-            batch.grads = list(torch._foreach_add(batch.grads, batch.points, alpha=group["weight_decay"]))
 
     def _accumulate_norm(self, batches: list[_Batch]) -> None:
         """Add the squared norm over all parameters to the shared S."""
@@ -243,59 +253,48 @@ class AdaGradAGD(EvaluationPointOptimizer):
         S = _scalar(owner["initial_accumulator"], device) if S is None else S.to(device)
         total = torch.zeros_like(S)
         for batch in batches:
-            total += batch.weight * self._squared_norms(batch).sum().to(device)
+            assert batch.squared_norms is not None
+            total += batch.weight * batch.squared_norms.sum().to(device)
         if sharded:
             dist.all_reduce(total, group=self.process_group)
         owner["sum_of_squares"] = S.add_(total)
 
-    def _squared_norms(self, batch: _Batch) -> Tensor:
-        """|g|^2 of each tensor, shape (tensors,)."""
-        norms = torch.stack(torch._foreach_norm(batch.grads))
-        return norms.to(_scalar_dtype(norms.device)).square()
-
-    def _directions(self, batch: _Batch) -> list[Tensor]:
-        """g_t / (sqrt(S_t) + eps), in new tensors."""
-        eps = batch.group["eps"]
-        mode = batch.group["mode"]
-        compute = batch.grads[0].dtype
-        if mode == "norm":
+    def _inverses(self, batch: _Batch) -> Tensor | None:
+        """1 / (sqrt(S_t) + eps) for each tensor, shape (tensors,); None where S has an entry per coordinate."""
+        group = batch.group
+        if group["mode"] == "diag":
+            return None
+        if group["mode"] == "norm":
             shared = self.param_groups[0]["sum_of_squares"]
-            inverse = _inverse_root(shared, eps).to(device=batch.grads[0].device, dtype=compute)
-            return list(torch._foreach_mul(batch.grads, inverse))
+            return _inverse_root(shared, group["eps"]).to(batch.points[0].device).expand(len(batch.points))
+        assert batch.squared_norms is not None
+        squares = batch.weight * batch.squared_norms
+        if self.process_group is not None:
+            dist.all_reduce(squares, group=self.process_group)
         sums = local([state["sum_of_squares"] for state in batch.states])
-        if mode == "tensor":
-            squares = batch.weight * self._squared_norms(batch)
-            if self.process_group is not None:
-                dist.all_reduce(squares, group=self.process_group)
-            torch._foreach_add_(sums, squares.unbind())
-            inverses = _inverse_root(torch.stack(sums), eps).to(compute)
-            return list(torch._foreach_mul(batch.grads, inverses.unbind()))
-        torch._foreach_addcmul_(sums, batch.grads, batch.grads, value=batch.weight)
-        roots = torch._foreach_sqrt(sums)
-        # Where S is 0, so is g, up to squares that underflow: the floor makes 0/0 a zero and keeps |g|/root <= 1.
-        floor = math.sqrt(torch.finfo(compute).tiny)
-        if eps < floor:
-            torch._foreach_clamp_min_(roots, floor)
-        if eps:
-            torch._foreach_add_(roots, eps)
-        return list(torch._foreach_div(batch.grads, roots))
+        torch._foreach_add_(sums, squares.unbind())
+        return _inverse_root(torch.stack(sums), group["eps"])
 
     def _advance(self, batch: _Batch) -> None:
         """Form x_{t+1} and x_tilde_{t+1}, the latter in place of x_bar_t, and leave x_bar_{t+1} in the parameters."""
-        group, points = batch.group, batch.points
-        lr, variant = group["lr"], group["variant"]
-        directions = self._directions(batch)
-        if group["weight_decay"] and group["decoupled"]:
-            torch._foreach_add_(directions, points, alpha=group["weight_decay"])
-        if variant == "adagrad":
-            torch._foreach_add_(points, directions, alpha=-lr)
-        else:
-            xs = local([state["x"] for state in batch.states])
-            torch._foreach_add_(xs, directions, alpha=-lr / batch.alpha if variant == "accelegrad" else -lr)
-            ratio = _RATIO[variant](batch.alpha)
-            if ratio:
-                torch._foreach_add_(points, directions, alpha=-lr * ratio)
-            torch._foreach_lerp_(points, xs, batch.next_alpha)
+        group, points, states = batch.group, batch.points, batch.states
+        lr, variant, two = group["lr"], group["variant"], group["variant"] != "adagrad"
+        # Where S is 0, so is g, up to squares that underflow: the floor makes 0/0 a zero and keeps |g|/root <= 1.
+        floor = math.sqrt(torch.finfo(points[0].dtype).tiny)
+        adagrad_(
+            points,
+            batch.grads,
+            local(state["x"] for state in states) if two else None,
+            local(state["sum_of_squares"] for state in states) if group["mode"] == "diag" else None,
+            self._inverses(batch),
+            weight=batch.weight,
+            floor=floor if group["eps"] < floor else 0.0,
+            eps=group["eps"],
+            decay=group["weight_decay"] if group["decoupled"] else 0.0,
+            point_step=lr * _RATIO[variant](batch.alpha) if two else lr,
+            x_step=lr / batch.alpha if variant == "accelegrad" else lr,
+            mix=batch.next_alpha,
+        )
         if points[0].dtype != batch.params[0].dtype:
             torch._foreach_copy_(local(batch.params), points)
 
@@ -339,7 +338,10 @@ class AdaGradAGD(EvaluationPointOptimizer):
 
 @dataclass
 class _Batch:
-    """Parameters of one group on one device, of one dtype, at the same step t; `alpha` is alpha_t."""
+    """Parameters of one group on one device, of one dtype, at the same step t; `alpha` is alpha_t.
+
+    `squared_norms` holds |g_t|^2 of each tensor, shape (tensors,), or None in `diag` mode.
+    """
 
     group: dict[str, Any]
     t: int
@@ -349,11 +351,25 @@ class _Batch:
     states: list[dict[str, Any]] = field(default_factory=list)
     points: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+    squared_norms: Tensor | None = None
 
     @property
     def weight(self) -> float:
         """What |g_t|^2 counts in S."""
         return 1 / self.alpha**2 if self.group["variant"] == "accelegrad" else 1.0
+
+
+def _measure(batch: _Batch) -> None:
+    """Fill in what enters the step: x_bar_t, g_t in the precision that is computed in, and its norms."""
+    group, compute = batch.group, _compute_dtype(batch.params[0].dtype)
+    batch.points = _as(compute, local(batch.params))
+    batch.grads = _as(compute, local(batch.grads))
+    if group["maximize"]:
+        batch.grads = list(torch._foreach_neg(batch.grads))
+    if group["weight_decay"] and not group["decoupled"]:
+        batch.grads = list(torch._foreach_add(batch.grads, batch.points, alpha=group["weight_decay"]))
+    if group["mode"] != "diag":
+        batch.squared_norms = squared_norms(batch.grads)
 
 
 def adagrad_bound(L: float, delta0: float, lr: float, b0: float, T: int) -> float:

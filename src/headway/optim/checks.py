@@ -14,7 +14,15 @@ from torch import Tensor
 
 from headway.kernels.finite import first_nonfinite
 
-__all__ = ["gradients", "local", "refuse_complex", "refuse_sharded", "require_finite"]
+__all__ = [
+    "dense_gradients",
+    "gradients",
+    "local",
+    "refuse_complex",
+    "refuse_sharded",
+    "require_finite",
+    "require_finite_gradients",
+]
 
 
 def gradients(method: str, param_groups: Sequence[dict[str, Any]]) -> list[list[Tensor]]:
@@ -37,14 +45,27 @@ def gradients(method: str, param_groups: Sequence[dict[str, Any]]) -> list[list[
     ...
     FloatingPointError: Method: the gradient of parameter 0 of group 0, shape (2,), is not finite; nothing was changed
     """
+    ready = dense_gradients(method, param_groups)
+    require_finite_gradients(method, param_groups, ready)
+    return ready
+
+
+def dense_gradients(method: str, param_groups: Sequence[dict[str, Any]]) -> list[list[Tensor]]:
+    """`gradients` without the check for NaN and infinities: for a method whose first pass over them tells."""
     ready = [[p for p in group["params"] if p.grad is not None] for group in param_groups]
     for p in (p for group in ready for p in group):
         if p.grad.layout != torch.strided:
             raise RuntimeError(f"{method} does not support sparse gradients")
         if p.grad.is_complex():
             raise RuntimeError(f"{method} does not support complex gradients")
-    require_finite(method, param_groups, ready, [[p.grad for p in group] for group in ready])
     return ready
+
+
+def require_finite_gradients(
+    method: str, param_groups: Sequence[dict[str, Any]], params: Sequence[Sequence[Tensor]]
+) -> None:
+    """`require_finite` of the gradients of `params` (by group)."""
+    require_finite(method, param_groups, params, [[g for p in group if (g := p.grad) is not None] for group in params])
 
 
 def require_finite(

@@ -8,6 +8,7 @@ stable. Source: arXiv 2306.00204.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.kernels.adam import adam_
 from headway.kernels.select import clamp_magnitude_
 from headway.numerics.curvature import hvp
-from headway.optim.checks import gradients, local, require_finite
-from headway.optim.quantile import magnitude_quantile
+from headway.optim.checks import dense_gradients, local, require_finite, require_finite_gradients
+from headway.optim.inner_adam import inner_adam_step, kernel_takes_step, why_not_adam
+from headway.optim.quantile import magnitude_quantile, quantile_and_largest
 from headway.optim.wrapper import OptimizerWrapper
 
 __all__ = ["CoordinateClip", "clip_top_coordinates_", "compare_directions", "directional_sharpness"]
@@ -76,14 +77,24 @@ def clip_top_coordinates_(
     group = {"params": [p for p in parameters if p.grad is not None]}
     if not group["params"]:
         raise ValueError("parameters must have gradients, got none")
+    ready = dense_gradients("clip_top_coordinates_", [group])
+    parts = _parts([[g for p in ready[0] if (g := p.grad) is not None]], scope)
     try:
-        (ready,) = gradients("clip_top_coordinates_", [group])
+        taus = _thresholds(
+            parts,
+            fraction,
+            scale,
+            process_group,
+            lambda: require_finite_gradients("clip_top_coordinates_", [group], ready),
+        )
     except FloatingPointError:
         if error_if_nonfinite:
             raise
         return float("nan")
-    grads = [g for p in ready if (g := p.grad) is not None]
-    return min(_clip_(part, fraction, scale, process_group) for part in _parts([grads], scope))
+    if fraction > 0 or scale < 1:
+        for part, tau in zip(parts, taus, strict=True):
+            clamp_magnitude_(local(part), tau)
+    return min(taus)
 
 
 class CoordinateClip(OptimizerWrapper):
@@ -105,7 +116,8 @@ class CoordinateClip(OptimizerWrapper):
     With momentum or Adam the clipped gradient is what they average. Clip before, or in place of, clipping by norm. With
     a GradScaler, unscale first if the wrapped optimizer needs it: clipping itself does not depend on the scale.
 
-    Cost: one pass that selects tau and one that clips; `first_moment` clips inside the step's own pass. No state.
+    Cost: one pass that selects tau and one that clips. `first_moment`, and `gradient` around Adam or AdamW with float32
+    parameters on the CPU (not with `foreach=True` or `fused=False`), clip inside the step's own pass. No state.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -157,38 +169,66 @@ class CoordinateClip(OptimizerWrapper):
             self._require_adam()
 
     def _require_adam(self) -> None:
-        inner = type(self.optimizer)
-        if inner not in (Adam, AdamW):
-            raise ValueError(f"target must be 'gradient' or 'update' around {inner.__name__}, got 'first_moment'")
-        for option in ("amsgrad", "capturable", "differentiable"):
-            if any(group[option] for group in self.param_groups):
-                raise ValueError(f"target must be 'gradient' or 'update' with {option}=True, got 'first_moment'")
+        reason = why_not_adam(self.optimizer)
+        if reason:
+            raise ValueError(f"target must be 'gradient' or 'update' {reason}, got 'first_moment'")
 
     def wrapped_step(self) -> None:
         """Clip, and step."""
-        ready = gradients("CoordinateClip", self.param_groups)
+        ready = dense_gradients("CoordinateClip", self.param_groups)
         grads = [[g for p in group if (g := p.grad) is not None] for group in ready]
         if self.target == "first_moment":
             self._require_adam()
             self._adam_step(ready, grads)
         elif self.target == "gradient":
-            self._clip(grads)
-            self.optimizer.step()
+            self._clipped_step(ready, grads)
         else:
+            require_finite_gradients("CoordinateClip", self.param_groups, ready)
             before = [[p.detach().clone() for p in group] for group in ready]
             self.optimizer.step()
             updates = [
                 list(torch._foreach_sub(group, old)) if group else [] for group, old in zip(ready, before, strict=True)
             ]
-            require_finite("CoordinateClip", self.param_groups, ready, updates, what="update")
-            self._clip(updates)
+            for part, tau in zip(*self._thresholds(updates, ready, updates, "update"), strict=True):
+                clamp_magnitude_(local(part), tau)
             for group, old, update in zip(ready, before, updates, strict=True):
                 if group:
                     torch._foreach_copy_(group, torch._foreach_add(old, update))
 
-    def _clip(self, grads: list[list[Tensor]]) -> None:
-        for part in _parts(grads, self.scope):
-            _clip_(part, self.fraction, self.scale, self.process_group)
+    def _thresholds(
+        self, tensors: list[list[Tensor]], ready: list[list[Any]], values: list[list[Tensor]], what: str = "gradient"
+    ) -> tuple[list[list[Tensor]], list[float]]:
+        """The lists of `tensors` that share a threshold, and their thresholds, once `values` are known to be finite."""
+        parts = _parts(tensors, self.scope)
+        return parts, _thresholds(
+            parts,
+            self.fraction,
+            self.scale,
+            self.process_group,
+            lambda: require_finite("CoordinateClip", self.param_groups, ready, values, what),
+        )
+
+    def _clipped_step(self, ready: list[list[Any]], grads: list[list[Tensor]]) -> None:
+        """The wrapped optimizer's step after clipping, or with clipping in it."""
+        parts, taus = self._thresholds(grads, ready, grads)
+        clips = self.fraction > 0 or self.scale < 1
+        if clips and kernel_takes_step(self.optimizer, (p for group in ready for p in group)):
+            bounds = {id(g): tau for part, tau in zip(parts, taus, strict=True) for g in part}
+            for group, ps, gs in zip(self.param_groups, ready, grads, strict=True):
+                inner_adam_step(
+                    self.optimizer,
+                    group,
+                    ps,
+                    gs,
+                    l2=0.0 if group["decoupled_weight_decay"] else group["weight_decay"],
+                    bounds=[bounds[id(g)] for g in gs],
+                    maximize=group["maximize"],
+                )
+            return
+        if clips:
+            for part, tau in zip(parts, taus, strict=True):
+                clamp_magnitude_(local(part), tau)
+        self.optimizer.step()
 
     def _adam_step(self, ready: list[list[Any]], grads: list[list[Tensor]]) -> None:
         """The step of torch.optim.Adam and AdamW, on their own state, with a clipped numerator."""
@@ -198,43 +238,14 @@ class CoordinateClip(OptimizerWrapper):
             if group["weight_decay"] and not group["decoupled_weight_decay"] and gs:
                 gs = list(torch._foreach_add(gs, ps, alpha=group["weight_decay"]))
             signed.append(gs)
-        taus: dict[int, float] = {}
-        for part in _parts(signed, self.scope):
-            taus.update(dict.fromkeys(map(id, part), _tau(part, self.fraction, self.scale, self.process_group)))
+        parts, bounds = self._thresholds(signed, ready, grads)
+        taus = {id(g): tau for part, tau in zip(parts, bounds, strict=True) for g in part}
         for group, ps, gs in zip(self.param_groups, ready, signed, strict=True):
-            beta1, beta2 = (float(beta) for beta in group["betas"])
-            lr = float(group["lr"])
             batches: dict[float, list[int]] = {}
             for index, g in enumerate(gs):
                 batches.setdefault(taus[id(g)], []).append(index)
             for tau, indices in batches.items():
-                params = [ps[i] for i in indices]
-                states = [self._adam_state(group, p) for p in params]
-                torch._foreach_add_([state["step"] for state in states], 1)
-                steps = [float(state["step"]) for state in states]
-                adam_(
-                    local(params),
-                    local(gs[i] for i in indices),
-                    local(state["exp_avg"] for state in states),
-                    local(state["exp_avg_sq"] for state in states),
-                    step_sizes=[lr / (1 - beta1**t) for t in steps],
-                    root_scales=[(1 - beta2**t) ** -0.5 for t in steps],
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    decay_before=1 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0,
-                    clip=tau,
-                    native=False if group["foreach"] else None,
-                )
-
-    def _adam_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        state = self.state[p]
-        if not state:
-            on_device = p.device if group["fused"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=on_device)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state
+                inner_adam_step(self.optimizer, group, [ps[i] for i in indices], [gs[i] for i in indices], clip=tau)
 
 
 def _parts(grads: Sequence[list[Tensor]], scope: str) -> list[list[Tensor]]:
@@ -247,27 +258,36 @@ def _parts(grads: Sequence[list[Tensor]], scope: str) -> list[list[Tensor]]:
     return [together] if together else []
 
 
-def _tau(tensors: list[Any], fraction: float, scale: float, process_group: dist.ProcessGroup | None) -> float:
-    if process_group is None and any(p.is_shard() for t in tensors for p in getattr(t, "placements", ())):
-        raise ValueError(
-            "process_group must be given for sharded gradients, whose coordinates count together, got None"
-        )
-    tau = scale * magnitude_quantile(tensors, fraction, process_group)
-    if tau == 0:
+def _thresholds(
+    parts: list[list[Tensor]],
+    fraction: float,
+    scale: float,
+    process_group: dist.ProcessGroup | None,
+    require_finite: Callable[[], None],
+) -> list[float]:
+    """Scale * tau of each part. `require_finite` raises where one is not finite, which selecting tau finds by the way.
+
+    Over ranks it comes first: a rank that raises between two all-reduces would leave the others waiting.
+    """
+    if process_group is not None:
+        require_finite()
+        taus = [scale * magnitude_quantile(part, fraction, process_group) for part in parts]
+    else:
+        if any(p.is_shard() for part in parts for t in part for p in getattr(t, "placements", ())):
+            raise ValueError(
+                "process_group must be given for sharded gradients, whose coordinates count together, got None"
+            )
+        found = [quantile_and_largest(part, fraction) for part in parts]
+        if not all(math.isfinite(largest) for _, largest in found):
+            require_finite()
+        taus = [scale * tau for tau, _ in found]
+    if 0 in taus:
         warnings.warn(
             f"coordinate clipping: at least the fraction {1 - fraction:g} of the coordinates are zero, "
             "so the threshold is zero and so is the step",
             stacklevel=4,
         )
-    return tau
-
-
-def _clip_(tensors: list[Any], fraction: float, scale: float, process_group: dist.ProcessGroup | None) -> float:
-    """Clip in place; returns the threshold."""
-    tau = _tau(tensors, fraction, scale, process_group)
-    if fraction > 0 or scale < 1:
-        clamp_magnitude_(local(tensors), tau)
-    return tau
+    return taus
 
 
 def directional_sharpness(

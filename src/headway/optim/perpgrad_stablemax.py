@@ -8,6 +8,7 @@ linearly. Source: arXiv 2501.04697.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headway.constraints import Constraint, OneOf, Range, check_arguments
-from headway.kernels.project import project_orthogonal_
-from headway.optim.checks import gradients, local, refuse_sharded
+from headway.kernels.finite import first_nonfinite
+from headway.kernels.project import Projection, orthogonal_projections, project_orthogonal_
+from headway.optim.checks import dense_gradients, gradients, local, refuse_sharded, require_finite_gradients
+from headway.optim.inner_adam import inner_adam_step, kernel_takes_step
 from headway.optim.wrapper import OptimizerWrapper
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "stablemax_cross_entropy",
 ]
 
+_NONE = Projection(0.0, 1.0, 0)
 _SHARDED = "the projection needs the inner product of a whole weight with its gradient"
 
 
@@ -50,7 +54,8 @@ class PerpGrad(OptimizerWrapper):
     With a GradScaler, unscaled gradients are not needed: the projection is linear, and the restored norm is
     that of the gradient. Clip by norm before or after: the direction is the same.
 
-    Cost: a pass over weights and gradients, and one that writes the gradients. No state.
+    Cost: a pass over weights and gradients, and one that writes the gradients: the step's own pass around Adam or AdamW
+    with float32 parameters on the CPU (not with `foreach=True` or `fused=False`). No state.
 
     Args:
         optimizer: the optimizer to wrap; any that is driven by `backward()` and `step()`.
@@ -95,19 +100,51 @@ class PerpGrad(OptimizerWrapper):
         self.exclude = exclude
         self.min_numel = min_numel
 
-    def before_step(self) -> None:
-        """Project the gradients."""
-        ready = gradients("PerpGrad", self.param_groups)
-        params: list[Any] = []
-        for group, with_gradient in zip(self.param_groups, ready, strict=True):
-            names = group.get("param_names", [""] * len(group["params"]))
-            excluded = {
-                id(p)
-                for name, p in zip(names, group["params"], strict=True)
-                if p.numel() < self.min_numel or (self.exclude is not None and self.exclude(name, p))
-            }
-            params += [p for p in with_gradient if id(p) not in excluded]
-        _project(params, self.renormalize)
+    def wrapped_step(self) -> None:
+        """Project, and step; in the step's own pass where the kernel can do that."""
+        ready = dense_gradients("PerpGrad", self.param_groups)
+        chosen = [self._projected(group, params) for group, params in zip(self.param_groups, ready, strict=True)]
+        refuse_sharded("PerpGrad", [p for params in chosen for p in params], _SHARDED)
+        if kernel_takes_step(self.optimizer, (p for params in ready for p in params)):
+            self._step_with_projection(ready, chosen)
+        else:
+            require_finite_gradients("PerpGrad", self.param_groups, ready)
+            _project([p for params in chosen for p in params], self.renormalize)
+            self.optimizer.step()
+
+    def _projected(self, group: Mapping[str, Any], params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of `params` that are projected."""
+        names = group.get("param_names", [""] * len(group["params"]))
+        excluded = {
+            id(p)
+            for name, p in zip(names, group["params"], strict=True)
+            if p.numel() < self.min_numel or (self.exclude is not None and self.exclude(name, p))
+        }
+        return [p for p in params if id(p) not in excluded]
+
+    def _step_with_projection(self, ready: list[list[Any]], chosen: list[list[Any]]) -> None:
+        together = [p for params in chosen for p in params]
+        projections = dict(
+            zip(
+                map(id, together),
+                orthogonal_projections([p.grad for p in together], together, renormalize=self.renormalize),
+                strict=True,
+            )
+        )
+        unseen = [p.grad for params in ready for p in params if id(p) not in projections]
+        # A gradient that is not finite shows in its inner product with the weight.
+        if not all(math.isfinite(own.along) for own in projections.values()) or first_nonfinite(unseen) is not None:
+            require_finite_gradients("PerpGrad", self.param_groups, ready)
+        for group, params in zip(self.param_groups, ready, strict=True):
+            inner_adam_step(
+                self.optimizer,
+                group,
+                params,
+                [p.grad for p in params],
+                l2=0.0 if group["decoupled_weight_decay"] else group["weight_decay"],
+                projections=[projections.get(id(p), _NONE) for p in params],
+                maximize=group["maximize"],
+            )
 
 
 def project_orthogonal_gradients_(parameters: Iterable[Tensor], renormalize: bool = True) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
-from headway.kernels.select import kth_largest_magnitude, kth_largest_magnitude_reference
+from headway.kernels.select import kth_largest_magnitude, kth_largest_magnitude_reference, largest_magnitudes
 from headway.optim.checks import local
 
-__all__ = ["magnitude_quantile"]
+__all__ = ["magnitude_quantile", "quantile_and_largest"]
 
 
 def magnitude_quantile(
@@ -35,8 +36,26 @@ def magnitude_quantile(
     >>> magnitude_quantile([torch.tensor([[3.0, -1.0], [0.5, -7.0]]), torch.tensor([2.0, -4.0, 0.1])], 0.3)
     3.0
     """
-    parts = [part if part.dtype == torch.float64 and process_group is None else part.float() for part in local(tensors)]
-    k = int(sum(t.numel() for t in tensors) * fraction) + 1
     if process_group is None:
-        return kth_largest_magnitude(parts, k)
-    return kth_largest_magnitude_reference(parts, k, lambda counts: dist.all_reduce(counts, group=process_group))
+        return kth_largest_magnitude(_comparable(tensors), _rank(tensors, fraction))
+    parts = [part.float() for part in local(tensors)]
+    return kth_largest_magnitude_reference(
+        parts, _rank(tensors, fraction), lambda counts: dist.all_reduce(counts, group=process_group)
+    )
+
+
+def quantile_and_largest(tensors: Sequence[Any], fraction: float) -> tuple[float, float]:
+    """`magnitude_quantile` of whole tensors, and the largest magnitude from the same pass: NaN or infinite if one is.
+
+    >>> quantile_and_largest([torch.tensor([3.0, -1.0, 0.5, -7.0])], 0.3)
+    (3.0, 7.0)
+    """
+    return largest_magnitudes(_comparable(tensors), _rank(tensors, fraction))
+
+
+def _comparable(tensors: Sequence[Any]) -> list[Tensor]:
+    return [part if part.dtype == torch.float64 else part.float() for part in local(tensors)]
+
+
+def _rank(tensors: Sequence[Any], fraction: float) -> int:
+    return int(sum(t.numel() for t in tensors) * fraction) + 1

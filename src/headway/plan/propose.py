@@ -143,10 +143,10 @@ def make_plan(
     else:
         small, large = LADDER[0], LADDER[2]
         tell(f"timing steps of two small sizes ({small.name}, {large.name})")
-        times = [step_seconds(_with(base, candidate), corpus) for candidate in (small, large)]
+        times = [step_seconds(_with(base, candidate, held), corpus) for candidate in (small, large)]
         cost = _StepCost.fit([small, large], times, vocabulary, length, tokens_per_step, base.launch.workers)
         if chosen is None:
-            chosen = _best_size(ref, cost, machine, budget, base, vocabulary, tokens_per_step)
+            chosen = _best_size(ref, cost, machine, budget, base, held, vocabulary, tokens_per_step)
             ratio = cost.tokens(chosen, budget, tokens_per_step) / chosen.body()
             figures.append(
                 Figure(
@@ -159,7 +159,7 @@ def make_plan(
             )
         else:
             figures.append(Figure("model size", chosen.name, "as asked for", "--model-size"))
-        config = _with(base, chosen)
+        config = _with(base, chosen, held)
 
     guess = _guessed_steps(config, corpus, budget, cost, chosen)
     config = _configured(config, guess, held)
@@ -219,6 +219,7 @@ def _best_size(
     machine: Machine,
     budget: Budget,
     base: Config,
+    held: Collection[str],
     vocabulary: int,
     tokens_per_step: int,
 ) -> Size:
@@ -229,14 +230,18 @@ def _best_size(
         bytes_needed = STATE_BYTES * size.parameters(vocabulary) * base.launch.workers
         if size is not LADDER[0] and (steps < 100 or bytes_needed > MEMORY_SHARE * machine.memory_bytes):
             break
-        config = _configured(_with(base, size), max(2, steps))
+        config = _configured(_with(base, size, held), max(2, steps))
         loss = ref.losses(size.body() / 1e6, rates_of(config, max(2, steps)), tokens_per_step)[-1]
         found.append((loss if math.isfinite(loss) else math.inf, size))
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _with(base: Config, size: Size) -> Config:
-    return parse(base.to_toml(), [f"model.{key}={value}" for key, value in size.section().items()])
+def _with(base: Config, size: Size, held: Collection[str] = ()) -> Config:
+    """The configuration with this size, and the rate that goes with it unless the optimizer is held."""
+    changes = [f"model.{key}={value}" for key, value in size.section().items()]
+    if not any(key.startswith("optimizer.") for key in held):
+        changes.append(f"optimizer.lr={size.learning_rate()}")
+    return parse(base.to_toml(), changes)
 
 
 def _configured(config: Config, steps: int, held: Collection[str] = ()) -> Config:
@@ -317,11 +322,12 @@ def _assemble(
     costs: dict[str, int] = {}
     if also:
         config, costs = _several(config, steps, budget, also)
+    usual_lr = ref.settings["lr_times_width"] / config.model.hidden_size
     # What the reference is not about: other rates, batches and vocabularies shift the loss by an unknown amount.
     for name, value, usual in (
         ("batch.size x sequence_length", tokens_per_step, ref.settings["tokens_per_step"]),
         ("vocabulary", corpus.vocab_size, ref.settings["vocab_size"]),
-        ("optimizer.lr", config.optimizer.options.get("lr"), ref.settings["lr"]),
+        ("optimizer.lr", config.optimizer.options.get("lr"), usual_lr),
     ):
         if value != usual:
             notes.append(f"{name} is {value}, {usual:g} in the runs behind the predicted loss: its interval is a guess")
@@ -355,10 +361,10 @@ def _assemble(
         Figure(
             "learning rate",
             f"{config.optimizer.options.get('lr', '-')} ({config.optimizer.name})",
-            "the peak of the reference runs"
-            if config.optimizer.options.get("lr") == ref.settings["lr"]
+            "0.256 / width, the peak of the reference runs"
+            if config.optimizer.options.get("lr") == usual_lr
             else "as asked for",
-            "[optimizer] lr",
+            "benchmarks/plan_reference.py",
         ),
         Figure(
             "schedule",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "Reference", "reference"]
 
-DECAY = 0.999
+DECAY = 0.99
 # Steps over which a short run is compared with the reference: past the warm-up, where the loss is steepest.
 COMPARED = (20, 60)
 
@@ -70,7 +70,7 @@ class Reference:
         spread: standard deviation of the relative error.
         early: size in millions of parameters -> mean training loss over the steps `COMPARED`.
         limits: smallest and largest S1 and P of the runs.
-        settings: tokens per step, vocabulary and learning rate of the runs.
+        settings: tokens per step and vocabulary of the runs, and their learning rate times the model's width.
     """
 
     numbers: Mapping[str, float]

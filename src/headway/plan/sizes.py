@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LADDER", "Size", "size_named"]
+__all__ = ["LADDER", "LR_TIMES_WIDTH", "Size", "size_named"]
+
+# The usual scaling of Adam's rate with the width (as in maximal-update parametrisation); measured at two widths.
+LR_TIMES_WIDTH = 0.256
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Size:
         """
         matrices = self.body() + vocab_size * self.hidden_size
         return 6.0 * matrices + 12.0 * self.layers * sequence_length * self.hidden_size
+
+    def learning_rate(self) -> float:
+        """The peak rate of AdamW: 0.256 / d, so 0.004 at the smallest width, where twice as much was worse."""
+        return LR_TIMES_WIDTH / self.hidden_size
 
     def section(self) -> dict[str, Any]:
         """The keys of `[model]`."""

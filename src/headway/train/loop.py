@@ -490,7 +490,8 @@ class Trainer:
                 ) from error
         if restored.rank_state is not None:
             set_rng_state(restored.rank_state)
-        self.step, self.tokens = self._entered, _ = restored.step, progress["tokens"]
+        self.step = self._entered = restored.step
+        self.tokens = progress["tokens"]
         self.seconds, self.validation_loss = progress["seconds"], progress["validation_loss"]
         self.elapsed = progress.get("elapsed", self.seconds)
         self._advance()  # an extended schedule is past the end of the one before

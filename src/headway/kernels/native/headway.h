@@ -51,6 +51,34 @@ typedef struct {
     float root_scale;
 } adam_tensor;
 
+/* How a gradient becomes orthogonal to its weight: g = scale (g - along w), in double where `close` (project.c). */
+typedef struct {
+    double along;
+    double scale;
+    int close;
+} projection;
+
+/* One step of the AdaGrad family (kernels/adagrad.py). */
+typedef struct {
+    float weight;
+    float floor;
+    float eps;
+    float decay;
+    float point_step;
+    float x_step;
+    float mix;
+    float keep; /* 1 - mix */
+} adagrad_rule;
+
+/* One tensor's arrays; `sum` NULL: `inverse` holds for all entries; `x` NULL: one sequence. */
+typedef struct {
+    float *point;
+    const float *grad;
+    float *x;
+    float *sum;
+    float inverse;
+} adagrad_tensor;
+
 /* A map from 8-bit codes to numbers z in [-1, 1], and the way back: the code of z is the number of midpoints below it.
    With u = the bits of |z| less `least`, but at least 0 (1 for z > 0 and an unsigned map), and its complement within
    `range` for negative z, a cell is all u with the same bits above a shift, and holds one midpoint at most. The code is
@@ -82,14 +110,20 @@ typedef struct {
 
 typedef struct {
     void (*adam)(const adam_rule *, const adam_tensor *, int half, size_t start, size_t end);
+    void (*adagrad)(const adagrad_rule *, const adagrad_tensor *, size_t start, size_t end);
     int (*nonfinite_float)(const uint32_t *, size_t);
     int (*nonfinite_bfloat16)(const uint16_t *, size_t);
-    /* Of magnitudes as integers: how many are > high; those in [low, high] go to `inside`, `*found` is their number. */
-    size_t (*bracket)(const uint32_t *, size_t, uint32_t low, uint32_t high, uint32_t *inside, size_t *found);
+    /* Of CHUNK magnitudes at most, as integers: how many are > high; those in [low, high] go to `inside`, `*found` is
+       their number, and `*largest` the largest of all. */
+    size_t (*bracket)(const uint32_t *, size_t, uint32_t low, uint32_t high, uint32_t *inside, size_t *found,
+                      uint32_t *largest);
     void (*clamp)(float *, size_t, float bound);
     /* w.g, w.w and g.g; of products rounded to float, or of exact ones */
     void (*dots)(const float *g, const float *w, size_t, double sums[3]);
     void (*dots_double)(const float *g, const float *w, size_t, double sums[3]);
+    /* |g|^2, in the same two ways */
+    double (*squares)(const float *g, size_t);
+    double (*squares_double)(const float *g, size_t);
     /* |g - along w|^2 */
     double (*residual)(const float *g, const float *w, size_t, double along);
     /* g = scale (g - along w), in float or double arithmetic */

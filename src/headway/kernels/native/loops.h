@@ -34,6 +34,12 @@ INLINE uint16_t to_bfloat16(float x) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+/* Changes of a gradient up to here have a friction that is cheaper to compute: most have, of networks. */
+#define SMALL_CHANGE 0.03125f
+
+/* 1 + exp(-x) for 0 <= x <= SMALL_CHANGE to 2e-8. */
+INLINE float one_and_exp_negative_small(float x) { return 2.0f - x * (1.0f - x * (0.5f - x * 0.16666667f)); }
+
 /* exp(-x) for x >= 0 to 1e-7, as 2^n 2^f with |f| <= 1/2 and a minimax polynomial for 2^f. Below 2^-46 it is 2^-46,
    which is lost in the sum with one anyway; NaN counts as that too. */
 INLINE float exp_negative(float x) {
@@ -91,44 +97,89 @@ INLINE float adam_element(const adam_rule *r, float p, float g, float *m, float 
     return extent == BARE ? p : p * r->decay_after;
 }
 
+/* The tensor's arrays from some element on. */
+typedef struct {
+    float *restrict params;
+    const float *restrict grads;
+    uint16_t *restrict half_params;
+    const uint16_t *restrict half_grads;
+    float *restrict exp_avgs;
+    float *restrict exp_avg_sqs;
+    float *restrict previous;
+} adam_arrays;
+
+INLINE void friction_tile(const adam_rule *r, const adam_arrays *a, size_t start, size_t count,
+                          float *restrict inverse_xi, int half, int extent) {
+    const adam_arrays own = *a;
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < count; i++) {
+        float p = half ? from_bfloat16(own.half_params[start + i]) : own.params[start + i];
+        float g = half ? from_bfloat16(own.half_grads[start + i]) : own.grads[start + i];
+        g = effective_gradient(r, p, g, own.exp_avg_sqs[start + i], extent);
+        float change = fabsf(own.previous[start + i] - g);
+        int32_t magnitude = (int32_t)bits_of(change);
+        largest = magnitude > largest ? magnitude : largest;
+        inverse_xi[i] = change;
+        own.previous[start + i] = g;
+    }
+    if (largest <= (int32_t)bits_of(SMALL_CHANGE)) {
+#pragma omp simd
+        for (size_t i = 0; i < count; i++) inverse_xi[i] = one_and_exp_negative_small(inverse_xi[i]);
+    } else {
+#pragma omp simd
+        for (size_t i = 0; i < count; i++) {
+            float change = inverse_xi[i], general = 1.0f + exp_negative(change);
+            inverse_xi[i] = change <= SMALL_CHANGE ? one_and_exp_negative_small(change) : general;
+        }
+    }
+}
+
+INLINE void adam_tile(const adam_rule *r, const adam_arrays *a, size_t start, size_t count, float step_size,
+                      float root_scale, const float *restrict inverse_xi, int half, int friction, int extent) {
+    const adam_arrays own = *a;
+#pragma omp simd
+    for (size_t i = 0; i < count; i++) {
+        float p = half ? from_bfloat16(own.half_params[start + i]) : own.params[start + i];
+        float g = half ? from_bfloat16(own.half_grads[start + i]) : own.grads[start + i];
+        float m = own.exp_avgs[start + i], v = own.exp_avg_sqs[start + i];
+        g = effective_gradient(r, p, g, v, extent);
+        p = adam_element(r, p, g, &m, &v, step_size, root_scale, friction ? inverse_xi[i] : 1.0f, friction, extent);
+        own.exp_avgs[start + i] = m;
+        own.exp_avg_sqs[start + i] = v;
+        if (half) own.half_params[start + i] = to_bfloat16(p);
+        else own.params[start + i] = p;
+    }
+}
+
+enum { FRICTION_TILE = 32 };
+
 INLINE void adam_range(const adam_rule *rule, const adam_tensor *tensor, size_t start, size_t end, int half,
                        int friction, int extent) {
     const adam_rule r = *rule;
     const float step_size = tensor->step_size, root_scale = tensor->root_scale;
-    float inverse_xi[BLOCK];
-    for (; start < end; start += BLOCK) {
-        const size_t count = end - start < BLOCK ? end - start : BLOCK;
-        float *restrict params = (float *)tensor->param + start;
-        const float *restrict grads = (const float *)tensor->grad + start;
-        uint16_t *restrict half_params = (uint16_t *)tensor->param + start;
-        const uint16_t *restrict half_grads = (const uint16_t *)tensor->grad + start;
-        float *restrict exp_avgs = tensor->exp_avg + start;
-        float *restrict exp_avg_sqs = tensor->exp_avg_sq + start;
-        if (friction) {
-            float *restrict previous = tensor->previous + start;
-#pragma omp simd
-            for (size_t i = 0; i < count; i++) {
-                float p = half ? from_bfloat16(half_params[i]) : params[i];
-                float g = half ? from_bfloat16(half_grads[i]) : grads[i];
-                g = effective_gradient(&r, p, g, exp_avg_sqs[i], extent);
-                inverse_xi[i] = 1.0f + exp_negative(fabsf(previous[i] - g));
-                previous[i] = g;
-            }
-        }
-#pragma omp simd
-        for (size_t i = 0; i < count; i++) {
-            float p = half ? from_bfloat16(half_params[i]) : params[i];
-            float g = half ? from_bfloat16(half_grads[i]) : grads[i];
-            float m = exp_avgs[i], v = exp_avg_sqs[i];
-            g = effective_gradient(&r, p, g, v, extent);
-            p = adam_element(&r, p, g, &m, &v, step_size, root_scale, friction ? inverse_xi[i] : 1.0f, friction,
-                             extent);
-            exp_avgs[i] = m;
-            exp_avg_sqs[i] = v;
-            if (half) half_params[i] = to_bfloat16(p);
-            else params[i] = p;
-        }
+    const adam_arrays a = {
+        tensor->param, tensor->grad, tensor->param, tensor->grad, tensor->exp_avg, tensor->exp_avg_sq, tensor->previous,
+    };
+    if (!friction) {
+        adam_tile(&r, &a, start, end - start, step_size, root_scale, NULL, half, 0, extent);
+        return;
     }
+    /* The friction of a tile goes with the step of the tile before: the processor overlaps its additions and
+       multiplications with the other's root and division. */
+    float inverse_xi[2][FRICTION_TILE];
+    if (end - start >= FRICTION_TILE) {
+        size_t turn = 0;
+        friction_tile(&r, &a, start, FRICTION_TILE, inverse_xi[0], half, extent);
+        for (; end - start >= 2 * FRICTION_TILE; start += FRICTION_TILE, turn = !turn) {
+            friction_tile(&r, &a, start + FRICTION_TILE, FRICTION_TILE, inverse_xi[!turn], half, extent);
+            adam_tile(&r, &a, start, FRICTION_TILE, step_size, root_scale, inverse_xi[turn], half, 1, extent);
+        }
+        adam_tile(&r, &a, start, FRICTION_TILE, step_size, root_scale, inverse_xi[turn], half, 1, extent);
+        start += FRICTION_TILE;
+    }
+    friction_tile(&r, &a, start, end - start, inverse_xi[0], half, extent);
+    adam_tile(&r, &a, start, end - start, step_size, root_scale, inverse_xi[0], half, 1, extent);
 }
 
 static void adam(const adam_rule *rule, const adam_tensor *tensor, int half, size_t start, size_t end) {
@@ -144,6 +195,45 @@ static void adam(const adam_rule *rule, const adam_tensor *tensor, int half, siz
     }
 #undef CASES
 #undef CASE
+}
+
+INLINE void adagrad_range(const adagrad_rule *rule, const adagrad_tensor *tensor, size_t start, size_t end,
+                          int diagonal, int two) {
+    const adagrad_rule r = *rule;
+    const float inverse = tensor->inverse;
+    const int near = r.mix < 0.5f; /* the two forms of torch.lerp */
+    float *restrict points = tensor->point;
+    const float *restrict grads = tensor->grad;
+    float *restrict xs = tensor->x;
+    float *restrict sums = tensor->sum;
+#pragma omp simd
+    for (size_t i = start; i < end; i++) {
+        float p = points[i], u = grads[i];
+        if (diagonal) {
+            float sum = sums[i] + r.weight * u * u;
+            float root = sqrtf(sum);
+            root = root > r.floor ? root : r.floor;
+            sums[i] = sum;
+            u = u / (root + r.eps);
+        } else {
+            u = u * inverse;
+        }
+        u = r.decay != 0.0f ? u + r.decay * p : u;
+        p = r.point_step != 0.0f ? p - r.point_step * u : p;
+        if (two) {
+            float x = xs[i] - r.x_step * u, difference = x - p;
+            xs[i] = x;
+            p = near ? p + r.mix * difference : x - difference * r.keep;
+        }
+        points[i] = p;
+    }
+}
+
+static void adagrad(const adagrad_rule *rule, const adagrad_tensor *tensor, size_t start, size_t end) {
+    if (tensor->sum && tensor->x) adagrad_range(rule, tensor, start, end, 1, 1);
+    else if (tensor->sum) adagrad_range(rule, tensor, start, end, 1, 0);
+    else if (tensor->x) adagrad_range(rule, tensor, start, end, 0, 1);
+    else adagrad_range(rule, tensor, start, end, 0, 0);
 }
 
 /* Loops over one or two arrays run through a chunk in several places at once: the processor fetches ahead within each
@@ -185,44 +275,6 @@ static int nonfinite_bfloat16(const uint16_t *bits, size_t count) {
     return largest >= 0x7f80;
 }
 
-enum { STRIP = 16 };
-
-/* `bracket` on a strip; returns how many are above. Appending, one by one, is for the few strips that hold something to
-   append: a vector comparison finds them. */
-INLINE size_t bracket_strip(const uint32_t *restrict x, size_t count, uint32_t low, uint32_t high,
-                            uint32_t *restrict inside, size_t *found) {
-    const int32_t lowest = (int32_t)low, highest = (int32_t)high;
-    int32_t above = 0, hits = 0;
-    size_t kept = *found;
-#pragma omp simd reduction(+ : above, hits)
-    for (size_t i = 0; i < count; i++) {
-        int32_t magnitude = (int32_t)(x[i] & 0x7fffffff);
-        above += magnitude > highest;
-        hits += magnitude >= lowest;
-    }
-    if (hits != above) {
-        for (size_t i = 0; i < count; i++) {
-            uint32_t magnitude = x[i] & 0x7fffffff;
-            inside[kept] = magnitude;
-            kept += magnitude - low <= high - low;
-        }
-        *found = kept;
-    }
-    return (size_t)above;
-}
-
-static size_t bracket(const uint32_t *bits, size_t count, uint32_t low, uint32_t high, uint32_t *inside,
-                      size_t *found) {
-    const size_t stream = count / STREAMS / STRIP * STRIP;
-    size_t above = 0, kept = 0;
-    for (size_t i = 0; i < stream; i += STRIP)
-        for (size_t s = 0; s < STREAMS; s++)
-            above += bracket_strip(bits + s * stream + i, STRIP, low, high, inside, &kept);
-    above += bracket_strip(bits + STREAMS * stream, count - STREAMS * stream, low, high, inside, &kept);
-    *found = kept;
-    return above;
-}
-
 INLINE float clamped(float x, float bound) {
     x = x < -bound ? -bound : x;
     return x > bound ? bound : x;
@@ -242,6 +294,69 @@ enum { LANES = 8, TILE = 4 * LANES, FLOATS = 2 * WIDTH < LANES ? 2 * WIDTH : LAN
 typedef float float_register __attribute__((vector_size(4 * FLOATS)));
 typedef float float_part __attribute__((vector_size(4 * WIDTH)));
 typedef double double_register __attribute__((vector_size(8 * WIDTH)));
+
+typedef int32_t int_register __attribute__((vector_size(4 * FLOATS)));
+
+/* Elements that are looked at together: as many as a register has lanes, times the bits of a mark that a lane holds. */
+enum { MARKS = 32 / FLOATS < 4 ? 32 / FLOATS : 4, STRIP = MARKS * FLOATS };
+
+INLINE uint32_t or_of_lanes(int_register lanes) {
+    uint64_t pairs[FLOATS / 2], bits = 0;
+    memcpy(pairs, &lanes, sizeof pairs);
+    for (int i = 0; i < FLOATS / 2; i++) bits |= pairs[i];
+    return (uint32_t)(bits | bits >> 32);
+}
+
+static size_t bracket(const uint32_t *bits, size_t count, uint32_t low, uint32_t high, uint32_t *inside, size_t *found,
+                      uint32_t *largest) {
+    const size_t stream = count / STREAMS / STRIP * STRIP;
+    const int32_t lowest = (int32_t)low, highest = (int32_t)high;
+    size_t kept = 0, hits = 0;
+    uint32_t places_of_hits[CHUNK / STRIP], marks_of_hits[CHUNK / STRIP];
+    int_register places, above = {0}, most = {0};
+    for (int i = 0; i < FLOATS; i++) places[i] = 1 << i;
+    for (size_t i = 0; i < stream; i += STRIP) {
+        for (size_t s = 0; s < STREAMS; s++) {
+            const uint32_t *x = bits + s * stream + i;
+            int_register marks = {0};
+            for (int r = 0; r < MARKS; r++) {
+                int_register magnitudes;
+                memcpy(&magnitudes, x + r * FLOATS, sizeof magnitudes);
+                magnitudes &= 0x7fffffff;
+                const int_register over = magnitudes > highest, more = magnitudes > most;
+                above -= over;
+                most = (more & magnitudes) | (~more & most);
+                marks |= (magnitudes >= lowest) & ~over & places << (r * FLOATS);
+            }
+            places_of_hits[hits] = (uint32_t)(s * stream + i);
+            marks_of_hits[hits] = or_of_lanes(marks);
+            hits += marks_of_hits[hits] != 0;
+        }
+    }
+    /* Apart from the loop above, where the branches of appending would be guessed wrong all the time. */
+    for (size_t hit = 0; hit < hits; hit++) {
+        uint32_t left = marks_of_hits[hit];
+        do {
+            inside[kept++] = bits[places_of_hits[hit] + (uint32_t)__builtin_ctz(left)] & 0x7fffffff;
+            left &= left - 1;
+        } while (left);
+    }
+    size_t over = 0;
+    uint32_t top = 0;
+    for (int i = 0; i < FLOATS; i++) {
+        over += (size_t)above[i];
+        top = (uint32_t)most[i] > top ? (uint32_t)most[i] : top;
+    }
+    for (size_t i = STREAMS * stream; i < count; i++) {
+        const uint32_t magnitude = bits[i] & 0x7fffffff;
+        over += magnitude > high;
+        top = magnitude > top ? magnitude : top;
+        if (magnitude - low <= high - low) inside[kept++] = magnitude;
+    }
+    *found = kept;
+    *largest = top;
+    return over;
+}
 
 INLINE float_register load(const float *x) {
     float_register lanes;
@@ -305,6 +420,27 @@ static void dots_double(const float *g, const float *w, size_t count, double sum
     sums[2] = sum_of_lanes(gg);
 }
 
+static double squares(const float *g, size_t count) {
+    double_register gg[LANES / WIDTH] = {0};
+    const size_t stream = count / STREAMS / TILE * TILE;
+    size_t i = 0;
+    for (; i < stream; i += TILE)
+        for (size_t s = 0; s < STREAMS; s++) add_products(gg, g + s * stream + i, g + s * stream + i);
+    for (i = STREAMS * stream; i < count; i += TILE) {
+        const size_t left = count - i < TILE ? count - i : TILE;
+        float last[TILE] = {0};
+        memcpy(last, g + i, left * sizeof *g);
+        add_products(gg, last, last);
+    }
+    return sum_of_lanes(gg);
+}
+
+static double squares_double(const float *g, size_t count) {
+    double gg[LANES] = {0};
+    for (size_t i = 0; i < count; i++) gg[i % LANES] += (double)g[i] * (double)g[i];
+    return sum_of_lanes(gg);
+}
+
 static double residual(const float *g, const float *w, size_t count, double along) {
     double squares[LANES] = {0};
     for (size_t i = 0; i < count; i++) {
@@ -333,6 +469,6 @@ static void project_double(float *restrict g, const float *restrict w, size_t co
 #include "loops_blockwise.h"
 
 const loop_table TABLE = {
-    adam,     nonfinite_float, nonfinite_bfloat16, bracket,  clamp,      dots,  dots_double,
-    residual, project,         project_double,     quantize, dequantize, adam8,
+    adam,    adagrad,        nonfinite_float, nonfinite_bfloat16, bracket,        clamp,    dots,       dots_double,
+    squares, squares_double, residual,        project,            project_double, quantize, dequantize, adam8,
 };

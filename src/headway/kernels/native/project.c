@@ -18,18 +18,12 @@
 #define TINY 1e-20
 
 typedef struct {
-    double along;
-    double scale;
-    int close;
-} decision;
-
-typedef struct {
     chunking chunks;
     size_t first_chunk; /* of the group */
     void *const *grads;
     void *const *weights;
-    double (*sums)[3];   /* of a chunk */
-    decision *decisions; /* of a tensor */
+    double (*sums)[3];    /* of a chunk */
+    projection *decisions; /* of a tensor */
 } job;
 
 typedef struct {
@@ -37,7 +31,7 @@ typedef struct {
     float *g;
     const float *w;
     size_t count;
-    decision *decision;
+    projection *decision;
 } piece;
 
 static piece find(const job *j, size_t i) {
@@ -67,7 +61,7 @@ static void measure_close(void *pointer, size_t i) {
 static void apply(void *pointer, size_t i) {
     job *j = pointer;
     piece p = find(j, i);
-    const decision *d = p.decision;
+    const projection *d = p.decision;
     (d->close ? loops()->project_double : loops()->project)(p.g, p.w, p.count, d->along, d->scale);
 }
 
@@ -83,7 +77,44 @@ static double scale_of(double rest, double norm, int renormalize) {
     return renormalize ? norm / (rest + 1e-30) : 1;
 }
 
-/* Returns 0 if memory ran out (nothing is changed then). */
+/* Fill in the projections of tensors t to end - 1. */
+static void decide(job *j, size_t t, size_t end, int renormalize, int threads) {
+    int any = 0;
+    j->first_chunk = j->chunks.first[t];
+    const size_t chunks = j->chunks.first[end] - j->first_chunk;
+    parallel_for(chunks, threads, sum, j);
+    for (size_t u = t; u < end; u++) {
+        const double wg = total(j, u, 0), ww = total(j, u, 1), gg = total(j, u, 2), along = wg / (ww + 1e-30);
+        const double rest = gg - along * (2 * wg - along * ww);
+        /* Sums that overflowed, and sums so small that products have underflowed, call for double too. */
+        const int close = !(rest >= CLOSE * gg && gg >= TINY && ww >= TINY && gg + ww < INFINITY);
+        j->decisions[u] = (projection){along, close ? 0 : scale_of(sqrt(rest), sqrt(gg), renormalize), close};
+        any |= close;
+    }
+    if (!any) return;
+    parallel_for(chunks, threads, sum_close, j);
+    for (size_t u = t; u < end; u++)
+        if (j->decisions[u].close) j->decisions[u].along = total(j, u, 0) / (total(j, u, 1) + 1e-30);
+    parallel_for(chunks, threads, measure_close, j);
+    for (size_t u = t; u < end; u++)
+        if (j->decisions[u].close)
+            j->decisions[u].scale = scale_of(sqrt(total(j, u, 0)), sqrt(total(j, u, 2)), renormalize);
+}
+
+/* The projections of all gradients, which are only read. Returns 0 if memory ran out. */
+EXPORT int headway_projections(size_t tensors, const size_t *sizes, void *const *grads, void *const *weights,
+                               projection *projections, int renormalize, int threads) {
+    job j = {.grads = grads, .weights = weights, .decisions = projections};
+    if (!chunking_make(&j.chunks, CHUNK, tensors, sizes)) return 0;
+    j.sums = malloc((chunking_count(&j.chunks) + 1) * sizeof *j.sums);
+    if (j.sums) decide(&j, 0, tensors, renormalize, threads);
+    const int done = j.sums != NULL;
+    free(j.sums);
+    chunking_free(&j.chunks);
+    return done;
+}
+
+/* The projected gradients, in place. Returns 0 if memory ran out (nothing is changed then). */
 EXPORT int headway_project(size_t tensors, const size_t *sizes, void *const *grads, void *const *weights,
                            int renormalize, int threads) {
     job j = {.grads = grads, .weights = weights};
@@ -95,28 +126,8 @@ EXPORT int headway_project(size_t tensors, const size_t *sizes, void *const *gra
         size_t elements = 0;
         for (end = t; end < tensors && (end == t || elements + sizes[end] <= GROUP * (size_t)threads); end++)
             elements += sizes[end];
-        j.first_chunk = j.chunks.first[t];
-        const size_t chunks = j.chunks.first[end] - j.first_chunk;
-        int any = 0;
-        parallel_for(chunks, threads, sum, &j);
-        for (size_t u = t; u < end; u++) {
-            const double wg = total(&j, u, 0), ww = total(&j, u, 1), gg = total(&j, u, 2), along = wg / (ww + 1e-30);
-            const double rest = gg - along * (2 * wg - along * ww);
-            /* Sums that overflowed, and sums so small that products have underflowed, call for double too. */
-            const int close = !(rest >= CLOSE * gg && gg >= TINY && ww >= TINY && gg + ww < INFINITY);
-            j.decisions[u] = (decision){along, close ? 0 : scale_of(sqrt(rest), sqrt(gg), renormalize), close};
-            any |= close;
-        }
-        if (any) {
-            parallel_for(chunks, threads, sum_close, &j);
-            for (size_t u = t; u < end; u++)
-                if (j.decisions[u].close) j.decisions[u].along = total(&j, u, 0) / (total(&j, u, 1) + 1e-30);
-            parallel_for(chunks, threads, measure_close, &j);
-            for (size_t u = t; u < end; u++)
-                if (j.decisions[u].close)
-                    j.decisions[u].scale = scale_of(sqrt(total(&j, u, 0)), sqrt(total(&j, u, 2)), renormalize);
-        }
-        parallel_for(chunks, threads, apply, &j);
+        decide(&j, t, end, renormalize, threads);
+        parallel_for(j.chunks.first[end] - j.first_chunk, threads, apply, &j);
     }
     free(j.decisions);
     free(j.sums);

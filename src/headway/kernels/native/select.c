@@ -14,7 +14,8 @@
 
 enum { BINS = 2048, SAMPLE = 1 << 16 };
 
-#define LARGEST 0x7f800000u
+/* NaN counts as larger than infinity. */
+#define LARGEST 0x7fffffffu
 
 typedef struct {
     uint32_t low, high;
@@ -28,6 +29,7 @@ typedef struct {
     unsigned shift;
     atomic_size_t above;
     atomic_size_t inside;
+    _Atomic uint32_t largest;
     atomic_size_t histogram[BINS];
     uint32_t *collected;
     size_t capacity;
@@ -72,7 +74,10 @@ static void collect(void *pointer, size_t chunk) {
     uint32_t inside[CHUNK];
     size_t start, end, found, t = chunking_find(&j->chunks, chunk, &start, &end);
     const uint32_t *bits = (const uint32_t *)j->tensors[t] + start;
-    size_t above = loops()->bracket(bits, end - start, j->within.low, j->within.high, inside, &found);
+    uint32_t largest, known = atomic_load_explicit(&j->largest, memory_order_relaxed);
+    size_t above = loops()->bracket(bits, end - start, j->within.low, j->within.high, inside, &found, &largest);
+    while (largest > known && !atomic_compare_exchange_weak(&j->largest, &known, largest)) {
+    }
     atomic_fetch_add_explicit(&j->above, above, memory_order_relaxed);
     size_t place = atomic_fetch_add_explicit(&j->inside, found, memory_order_relaxed);
     if (place < j->capacity && found <= j->capacity - place)
@@ -120,10 +125,10 @@ static size_t draw_sample(const job *j, size_t total, uint32_t *sample) {
     return count;
 }
 
-/* Sets `magnitude` to the k-th largest |x| of all elements, 1 <= k <= number of elements. Returns 0 if memory ran
-   out. */
-EXPORT int headway_kth_largest(size_t tensors, const size_t *sizes, void *const *pointers, size_t k, float *magnitude,
-                               int threads) {
+/* Sets `magnitudes` to the k-th largest |x| of all elements, 1 <= k <= number of elements, and to the largest. Returns
+   0 if memory ran out. */
+EXPORT int headway_kth_largest(size_t tensors, const size_t *sizes, void *const *pointers, size_t k,
+                               float magnitudes[2], int threads) {
     size_t total = 0;
     for (size_t t = 0; t < tensors; t++) total += sizes[t];
     job *j = calloc(1, sizeof *j);
@@ -137,6 +142,8 @@ EXPORT int headway_kth_largest(size_t tensors, const size_t *sizes, void *const 
         const size_t count = draw_sample(j, total, j->collected);
         uint32_t key;
         if (count == total) {
+            for (size_t i = 0; i < count; i++)
+                if (j->collected[i] > j->largest) j->largest = j->collected[i];
             key = select_key(j->collected, count, everything);
         } else {
             /* The rank in the sample, and four standard deviations of it to either side. */
@@ -161,7 +168,8 @@ EXPORT int headway_kth_largest(size_t tensors, const size_t *sizes, void *const 
                                             : select_by_histograms(j, threads);
             }
         }
-        memcpy(magnitude, &key, sizeof key);
+        const uint32_t keys[2] = {key, j->largest};
+        memcpy(magnitudes, keys, sizeof keys);
     }
     int done = made && j->collected;
     if (made) chunking_free(&j->chunks);
