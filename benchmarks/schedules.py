@@ -159,15 +159,19 @@ def main() -> None:
         (arguments.write / "schedules.json").write_text(
             json.dumps({"machine": describe(), "budgets": BUDGETS, "losses": results}, indent=1)
         )
-        labels = {"digits": "test cross-entropy", "regression": "excess loss"}
         panels = [
             Panel(
                 f"Final loss by budget: {problem}",
                 "budget in steps",
-                labels[problem],
-                {name: (list(BUDGETS[problem]), values) for name, values in losses.items()},
+                "over that of linear decay",
+                {
+                    name: (
+                        list(BUDGETS[problem]),
+                        [loss / base for loss, base in zip(values, losses["linear"], strict=True)],
+                    )
+                    for name, values in losses.items()
+                },
                 log_x=True,
-                log_y=True,
             )
             for problem, losses in results.items()
         ]

@@ -18,6 +18,7 @@ SHARED = {
         "damped_solve",
         "evaluation_point",
         "grouping",
+        "inner_adam",
         "line_search",
         "mirror",
         "opposing_pairs",

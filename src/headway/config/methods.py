@@ -125,9 +125,7 @@ def check_batch(section: BatchSection, workers: int) -> None:
     try:
         schedule = build_batch_schedule(section, size=section.size, workers=workers, unit=unit)
     except (ValueError, TypeError) as error:
-        text = (
-            str(error).replace("multiple_of =", "launch.workers x micro-batch =").replace("initial", "batch.size")
-        )
+        text = str(error).replace("multiple_of =", "launch.workers x micro-batch =").replace("initial", "batch.size")
         raise MethodError(f"batch '{section.name}': {text}") from error
     if schedule.needs == "samples":
         raise MethodError(
