@@ -25,7 +25,7 @@ from machine import describe
 RUNS = {"xxs-700": 50, "xxs-2400": 100, "xs-600": 40}
 """Size and steps -> steps between evaluations."""
 # The law does not hold for the first steps, where the loss waits for the model to leave the unigram's plateau.
-FROM_STEP = 300
+FROM_STEP = 400
 SETTINGS = {"tokens_per_step": 2048, "vocab_size": 2048, "lr_times_width": LR_TIMES_WIDTH}
 
 

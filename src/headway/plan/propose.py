@@ -31,6 +31,8 @@ STATE_BYTES = 16
 PILOT_STEPS = 60
 PILOT_SHARE = 0.2
 EVALUATIONS = 8
+# Ten times the compute-optimal ratio of tokens to parameters: past it a size nears its limit, where the law's runs end.
+MOST_TOKENS_PER_PARAMETER = 200
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ def make_plan(
                 Figure(
                     "model size",
                     f"{chosen.name}: {chosen.parameters(vocabulary) / 1e6:.2f} M parameters",
-                    f"the lowest predicted loss of the sizes {LADDER[0].name} to {LADDER[-1].name} that fit; "
-                    f"{ratio:.1f} tokens per parameter without embedding",
+                    f"the lowest predicted loss of the sizes {LADDER[0].name} to {LADDER[-1].name} that fit, at up to "
+                    f"{MOST_TOKENS_PER_PARAMETER} tokens per parameter without embedding (here {ratio:.1f})",
                     "step times measured here; loss by reference.json",
                 )
             )
@@ -223,17 +225,19 @@ def _best_size(
     vocabulary: int,
     tokens_per_step: int,
 ) -> Size:
-    """The size with the lowest predicted loss among those that fit into memory and get at least a few hundred steps."""
-    found: list[tuple[float, Size]] = []
+    """The size with the lowest predicted loss of those that fit into memory, get a hundred steps and are not used up."""
+    found: list[tuple[bool, float, Size]] = []
     for size in LADDER:
         steps = int(cost.tokens(size, budget, tokens_per_step) / tokens_per_step)
         bytes_needed = STATE_BYTES * size.parameters(vocabulary) * base.launch.workers
         if size is not LADDER[0] and (steps < 100 or bytes_needed > MEMORY_SHARE * machine.memory_bytes):
             break
+        spent = steps * tokens_per_step > MOST_TOKENS_PER_PARAMETER * size.body()
         config = _configured(_with(base, size, held), max(2, steps))
         loss = ref.losses(size.body() / 1e6, rates_of(config, max(2, steps)), tokens_per_step)[-1]
-        found.append((loss if math.isfinite(loss) else math.inf, size))
-    return min(found, key=lambda pair: pair[0])[1]
+        found.append((spent, loss if math.isfinite(loss) else math.inf, size))
+    # Of equal losses the smaller size; if all are used up, the largest.
+    return found[-1][2] if all(spent for spent, *_ in found) else min(found, key=lambda entry: entry[:2])[2]
 
 
 def _with(base: Config, size: Size, held: Collection[str] = ()) -> Config:
