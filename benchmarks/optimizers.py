@@ -548,6 +548,12 @@ def main() -> None:
     time_steps(results)
     torch.set_num_threads(threads)
     llama = time_llama(arguments.rounds, arguments.only) if arguments.rounds else {}
+    measured = results
+    kept_file = arguments.write / "optimizers.json" if arguments.write else None
+    if kept_file is not None and kept_file.is_file():  # a part that was left out stays as it was measured before
+        before = json.loads(kept_file.read_text())
+        results = {**before["tuned"], **results}
+        llama = {**before["llama"], **llama}
     text_ = report(results, llama, describe(), arguments.seeds)
     print(text_)
     if arguments.write:
@@ -560,7 +566,7 @@ def main() -> None:
         (arguments.write / "optimizers.json").write_text(
             json.dumps({"machine": describe(), "tuned": kept, "llama": llama}, indent=1)
         )
-        pictures(results, arguments.write)
+        pictures(measured, arguments.write)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,31 @@ def test_two_workers_with_half_the_batch_each_give_the_losses_of_one(settings, w
     assert_equal_to_float_tolerance(losses(tmp_path / "run"), whole)
 
 
+def batches(run: Path) -> list[int]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["batch"] for record in records if "loss" in record]
+
+
+def test_an_adaptive_batch_takes_its_statistics_from_all_workers(tiny, tmp_path):
+    adaptive = ["batch.name=adadagrad", "batch.micro_batch=2", "batch.max_batch=64", "batch.test_interval=1000"]
+    settings = sets([*tiny, *adaptive, "batch.eta=0.5", "checkpoint.every=0", "train.steps=3"])
+    for workers in (1, 2):
+        finish(start(*settings, "--workers", workers, "--out", tmp_path / str(workers)))
+    one, two = batches(tmp_path / "1"), batches(tmp_path / "2")
+    assert one[0] == two[0] == 4 < one[1]
+    assert two[1] == -(-one[1] // 4) * 4  # the same wish, in multiples of two micro-batches of two
+
+
+def test_several_workers_end_a_budget_of_time_together(tiny, tmp_path):
+    run = tmp_path / "run"
+    ramp = ["batch.name=ramp", "batch.max_batch=8", "batch.at=[0.5]", "train.steps=0", "train.budget=4s"]
+    finish(start(*sets([*tiny, *ramp]), "--workers", 2, "--out", run))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(record["elapsed"] for record in records if "elapsed" in record) >= 4
+    assert batches(run)[-1] == 8
+    assert (run / "model" / "config.json").is_file()
+
+
 def workers_of(process) -> list[int]:
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
     return [int(pid) for pid in children.stdout.split()]

@@ -138,8 +138,11 @@ def make_plan(
     tokens_per_step = base.batch.size * length
     figures: list[Figure] = []
 
+    given = base.model.from_ or any(key.startswith("model.") for key in held)
+    if given and chosen is not None:
+        raise ValueError(f"model size must be auto where the configuration gives the model, got {size!r}")
     cost = None
-    if base.model.from_ or any(key.startswith("model.") for key in held):
+    if given:
         config = base
         tell("the model is given: no size to choose")
     else:
@@ -174,7 +177,7 @@ def make_plan(
 
     steps, seconds = _fit_in(budget, pilot, again, tokens_per_step)
     config = _configured(config, steps, held)
-    memory = max(pilot.peak_memory_mb, again.peak_memory_mb)
+    memory = again.peak_memory_mb  # the first start compiles, which takes memory of its own
     if machine.device == "cpu" and memory * 2**20 * base.launch.workers > machine.memory_bytes:
         raise ValueError(
             f"the run needs {memory * base.launch.workers / 1024:.1f} GB, this machine has "
@@ -225,7 +228,7 @@ def _best_size(
     vocabulary: int,
     tokens_per_step: int,
 ) -> Size:
-    """The size with the lowest predicted loss of those that fit into memory, get a hundred steps and are not used up."""
+    """The size with the lowest predicted loss of those that fit, get a hundred steps and are not used up."""
     found: list[tuple[bool, float, Size]] = []
     for size in LADDER:
         steps = int(cost.tokens(size, budget, tokens_per_step) / tokens_per_step)
@@ -346,8 +349,11 @@ def _assemble(
     losses = losses * ratio
     doubt = 2 * math.hypot(ref.spread, 0.01 if known else 0.05) + 0.5 * abs(math.log(ratio)) + 0.03 * len(notes)
     shown = [step for step in _checkpoints(steps) if math.isfinite(losses[step - 1])]
+    if config.model.from_:
+        shown = []
+        notes.append("the loss of a model that is given is not predicted: the reference runs start from nothing")
     values = [float(losses[step - 1]) for step in shown]
-    if not values:
+    if not values and not config.model.from_:
         notes.append(
             f"the loss is not predicted: the run ends at {tokens / 1e6:.2g} M tokens, the reference runs are told from "
             f"{ref.limits['S1'][0]:.2g} M on"
@@ -389,7 +395,7 @@ def _assemble(
             f"{seconds - steps * pilot.step_seconds - (EVALUATIONS + 1) * pilot.evaluation_seconds:.0f} s around them",
             "trial run",
         ),
-        Figure("memory", f"{memory / 1024:.2f} GB per worker", "peak of the trial run", "trial run"),
+        Figure("memory", f"{memory / 1024:.2f} GB per worker", "peak of the second trial run", "trial run"),
     ]
     if values:
         figures.append(

@@ -639,6 +639,12 @@ def _peak_memory_mb(device: torch.device) -> float:
     """The most that this process (CPU), or its tensors (GPU), have held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        # Not ru_maxrss, which a process takes over from the one that started it.
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        pass
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
