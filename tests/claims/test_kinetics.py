@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from headway.budget import kinetics as method
+from headway.budget.inference_plan import plan_inference
 from headway.claims import kinetics
 
 LENGTHS = (1000, 2000, 16000)
@@ -49,8 +50,8 @@ def test_flops_alone_fail_the_choice_and_the_dominance(ideal, monkeypatch):
 def test_a_planner_that_ignores_its_budget_fails(ideal, monkeypatch):
     monkeypatch.setattr(
         kinetics,
-        "plan",
-        lambda records, budgets, **options: method.plan(records, [1e3 * b for b in budgets], **options),
+        "plan_inference",
+        lambda records, budgets, **options: plan_inference(records, [1e3 * b for b in budgets], **options),
     )
     assert any("planner" in what for what in failing(kinetics.claim()))
 
