@@ -148,9 +148,13 @@ def _training(row: Method, section: str) -> list[str]:
     reason = not_trained(row.role, row.load())
     if reason:
         return [f"It {reason}, which `headway train` does not do: use it in a loop of your own."]
+    # A batch schedule needs to know how far it may grow, and parts to grow by.
+    options = {"micro_batch": 4, "max_batch": 64} if section == "batch" else {}
+    lines = "".join(f"\n{key} = {value}" for key, value in options.items())
+    sets = "".join(f" --set {section}.{key}={value}" for key, value in options.items())
     return [
-        f'```toml\n[{section}]\nname = "{row.slug}"\n```',
-        f"```console\n$ headway train --set {section}.name={row.slug}\n```",
+        f'```toml\n[{section}]\nname = "{row.slug}"{lines}\n```',
+        f"```console\n$ headway train --set {section}.name={row.slug}{sets}\n```",
     ]
 
 

@@ -115,7 +115,7 @@ def baselines(role: str | None = None) -> list[Method]:
 def find(text: str = "", role: str | None = None) -> list[Method]:
     """The methods whose slug, title, summary or paper contain every word of `text`, case-insensitively.
 
-    >>> [method.slug for method in find("small budget", role="schedule")]
+    >>> [method.slug for method in find("reflected exponential", role="schedule")]
     ['rex']
     """
     words = text.lower().split()

@@ -73,9 +73,7 @@ def compare(path: str | Path) -> Comparison:
     environment = json.loads(run.environment_file.read_text(encoding="utf-8"))
     last = max(losses)
     if plan.total_steps != last:
-        raise TrainError(
-            f"{run.path} was planned for {plan.total_steps:,} steps and did {last:,}: not the run of the plan"
-        )
+        raise TrainError(f"{run.path} was planned for {plan.total_steps:,} steps and did {last:,}: another run")
     predicted = {"time, s": plan.seconds, "peak memory, MB": plan.memory_mb}
     actual = {
         "time, s": environment["whole command, seconds"],

@@ -16,7 +16,7 @@ class Size:
     """A Llama with tied embeddings: width d, MLP width m, L layers, heads of 16 to 64 channels.
 
     >>> LADDER[0].parameters(vocab_size=2048)
-    281152
+    282048
     """
 
     name: str
