@@ -3,6 +3,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -99,7 +100,6 @@ def test_logits_of_16_bit_members_are_averaged_in_float32():
 
 
 def test_causal_models_of_transformers_are_members():
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=1, n_positions=8)
     torch.manual_seed(0)
     models = [transformers.GPT2LMHeadModel(config).eval() for _ in range(2)]
@@ -133,7 +133,11 @@ def test_sequential_brings_a_waiting_member_to_the_inputs_and_back(monkeypatch, 
     assert waiting.moves == ["cpu", "meta"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="values that cross devices need a second device, and without CUDA there is one; "
+    "which member is moved where is tested on one device above",
+)
 @pytest.mark.parametrize("sequential", [False, True])
 def test_members_and_inputs_meet_across_devices(sequential):
     models, (x, _) = members(3), batch()

@@ -8,7 +8,8 @@ from headway.optim.grouping import batches_of_one_shape, hidden_matrices, split_
 
 @pytest.fixture
 def llama():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )

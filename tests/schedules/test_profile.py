@@ -4,24 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.driven import run, sgd
 
 from headway.schedules import ConstantLR, CosineLR, LinearLR, ProfileLR
 from headway.schedules.profile import PROFILES, DelayedLinear, Exponential, Increasing, Step
-
-
-def sgd(*lrs: float) -> torch.optim.SGD:
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs or (1.0,)])
-
-
-def run(schedule, steps: int) -> list[float]:
-    """The rate of the first group for the steps 0 .. steps - 1, through `step()`."""
-    optimizer = schedule.optimizer
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return rates
 
 
 def test_rate_of_step_t_is_the_profile_at_t_over_total():

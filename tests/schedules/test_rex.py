@@ -4,24 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.driven import run, sgd
 
 from headway.schedules import REXLR, LinearLR, rex_profile
 
 unit = st.floats(0, 1)
 betas = st.floats(0, 0.99)
-
-
-def sgd(lr: float = 1.0) -> torch.optim.SGD:
-    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-
-
-def run(schedule, steps: int) -> list[float]:
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.optimizer.param_groups[0]["lr"])
-        schedule.optimizer.step()
-        schedule.step()
-    return rates
 
 
 @given(beta=betas)

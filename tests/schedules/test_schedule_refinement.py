@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.driven import run, sgd
 
 from headway.schedules.gradient_norms import GradNormRecorder
 from headway.schedules.profile import LinearLR
@@ -24,19 +25,6 @@ NORMS = (2 + 3 * np.exp(-T / 20) + 0.3 * np.sin(7.0 * T)).tolist()  # large at f
 norm_lists = st.lists(st.floats(0.1, 10), min_size=2, max_size=60)
 kinds = st.sampled_from(["l2", "l1"])
 windows = st.floats(0, 0.49)
-
-
-def sgd(*lrs: float) -> torch.optim.SGD:
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs or (1.0,)])
-
-
-def run(schedule, steps: int) -> list[float]:
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.optimizer.param_groups[0]["lr"])
-        schedule.optimizer.step()
-        schedule.step()
-    return rates
 
 
 def metrics(path, norms):

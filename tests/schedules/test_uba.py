@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.driven import run, sgd
 
 from headway.schedules.profile import CosineLR
 from headway.schedules.uba import UBALR, chebyshev_steps, phi_from_condition_number, uba_profile
@@ -13,19 +14,6 @@ from headway.testing import check_schedule
 
 phis = st.floats(0.01, 100)
 inner = st.floats(0.01, 0.99)
-
-
-def sgd(*lrs: float) -> torch.optim.SGD:
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs or (1.0,)])
-
-
-def run(schedule, steps: int) -> list[float]:
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.optimizer.param_groups[0]["lr"])
-        schedule.optimizer.step()
-        schedule.step()
-    return rates
 
 
 @pytest.mark.parametrize(

@@ -5,25 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.driven import run, sgd
 from torch.nn import functional
 
 from headway.schedules import WSDLR, WSDSLR, DecayBranchPlanner, LinearLR
 from headway.schedules.wsd_s import DECAYS, decay_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:the decay .* fewer than 20:UserWarning")
-
-
-def sgd(*lrs: float) -> torch.optim.SGD:
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs or (1.0,)])
-
-
-def run(schedule, steps: int) -> list[float]:
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.optimizer.param_groups[0]["lr"])
-        schedule.optimizer.step()
-        schedule.step()
-    return rates
 
 
 # decay shapes
