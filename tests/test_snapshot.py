@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headway.resilience import CheckpointStore
-from headway.snapshot import Snapshot, rng_state, set_rng_state
+from headway.snapshot import Snapshot, put_back, rng_state, set_rng_state
 
 
 def draws():
@@ -99,6 +99,27 @@ def test_a_snapshot_restores_model_optimizer_and_generators_any_number_of_times(
         assert optimizer.param_groups[0]["lr"] == 0.1
     assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(end, ends[0], strict=True))
     assert [id(parameter) for parameter in model.parameters()] == identities
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_a_snapshot_holds_goes_into_a_checkpoint_and_back_into_other_objects(tmp_path, on_disk):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    a_step(model, optimizer)
+    snapshot = Snapshot(model, optimizer, file=tmp_path / "snapshot" if on_disk else None)
+    torch.save(snapshot.state_dict(), tmp_path / "state")
+    a_step(model, optimizer)
+    expected = torch.rand(3)
+    snapshot.restore()
+    torch.rand(3)
+
+    other = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    others = torch.optim.AdamW(other.parameters(), lr=0.3)
+    put_back([other, others], torch.load(tmp_path / "state", weights_only=True))
+    pairs = zip(everything(other, others), everything(model, optimizer), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    a_step(other, others)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_snapshot_without_generators_leaves_them_alone():

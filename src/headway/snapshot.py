@@ -7,7 +7,7 @@ before = Snapshot(model, optimizer);  ...;  before.restore()
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Snapshot", "Stateful", "rng_state", "set_rng_state"]
+__all__ = ["Snapshot", "Stateful", "put_back", "rng_state", "set_rng_state"]
 
 
 class Stateful(Protocol):
@@ -66,18 +66,21 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put every object, and the generators, back to where they were."""
-        if self.file is None:
-            # Optimizers keep the very tensors that they are given: they get copies.
-            states = [
-                state if isinstance(owner, torch.nn.Module) else _copy(state)
-                for owner, state in zip(self.owners, self._states, strict=True)
-            ]
-        else:
-            states = torch.load(self.file, weights_only=True)
-        for owner, state in zip(self.owners, states, strict=True):
-            owner.load_state_dict(state)
-        if self._generators is not None:
-            set_rng_state(self._generators)
+        put_back(self.owners, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, for a checkpoint; `put_back` takes it in another process."""
+        states = self._states if self.file is None else torch.load(self.file, weights_only=True)
+        return {"owners": states, "generators": self._generators}
+
+
+def put_back(owners: Sequence[Stateful], state: Mapping[str, Any]) -> None:
+    """Put objects, in the order in which a `Snapshot` took them, and the generators to where its state says."""
+    for owner, own_state in zip(owners, state["owners"], strict=True):
+        # Optimizers keep the very tensors that they are given: they get copies.
+        owner.load_state_dict(own_state if isinstance(owner, torch.nn.Module) else _copy(own_state))
+    if state["generators"] is not None:
+        set_rng_state(state["generators"])
 
 
 def _copy(value: Any) -> Any:

@@ -15,7 +15,6 @@ Canini, Krishnamurthy, arXiv 2105.10762.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -33,7 +32,7 @@ from torch.optim import Optimizer
 from headway.constraints import Constraint, OneOf, Range, check_arguments
 from headway.schedules.loss_forecast import ExponentialForecaster
 from headway.schedules.profile import base_lrs_of
-from headway.snapshot import Snapshot, Stateful, set_rng_state
+from headway.snapshot import Snapshot, Stateful, put_back
 
 __all__ = ["AutoLRS", "Stage", "drive"]
 
@@ -218,7 +217,7 @@ class AutoLRS:
         self.history: list[Stage] = []
         self.applied_steps = 0
         self._ratios = [lr / max(base_lrs) for lr in base_lrs]
-        self._snapshot: _StageSnapshot | None = None
+        self._snapshot: Snapshot | None = None
         self._file = None if snapshot == "memory" else self._own_file(Path(snapshot))
         self._validate = judge == "validation"
         self._initial_loss: float | None = None
@@ -339,7 +338,7 @@ class AutoLRS:
         self._rates, self._forecasts = [], []
         if self.phase == "search":
             if state_dict["snapshot"] is not None:
-                _put_back(self._owners(), state_dict["snapshot"])
+                put_back(self._owners(), state_dict["snapshot"])
             self._begin_stage()
         else:
             self._set_lr(state_dict["lr"])
@@ -351,7 +350,7 @@ class AutoLRS:
         begin = self._synchronized_clock()
         self.phase = "search"
         self._rates, self._forecasts = [], []
-        self._snapshot = _StageSnapshot(*self._owners(), file=self._file)
+        self._snapshot = Snapshot(*self._owners(), file=self._file)
         self._own_seconds += self._synchronized_clock() - begin
         self._begin_trial()
 
@@ -526,20 +525,6 @@ def drive(
         controller.step(train_step())
     controller.finish()
     return controller.history
-
-
-class _StageSnapshot(Snapshot):
-    """A snapshot that can go into a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        states = self._states if self.file is None else torch.load(self.file, weights_only=True)
-        return {"owners": states, "generators": self._generators}
-
-
-def _put_back(owners: Sequence[Stateful], state: Mapping[str, Any]) -> None:
-    for owner, own_state in zip(owners, state["owners"], strict=True):
-        owner.load_state_dict(copy.deepcopy(own_state))  # optimizers keep the very tensors that they are given
-    set_rng_state(state["generators"])
 
 
 def _gaussian_process_class() -> Any:
