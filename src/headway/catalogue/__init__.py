@@ -140,10 +140,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def get(slug: str, role: str | None = None) -> Method:
     """The row of a method or baseline.
 
-    Raises `KeyError` with the nearest right spelling.
+    Raises `KeyError` with the nearest right spelling, or the role that the slug does have.
     """
     rows = {row.slug: row for row in [*methods(role), *baselines(role)]}
     if slug not in rows:
+        other = next((row for row in [*methods(), *baselines()] if row.slug == slug), None)
+        if other is not None:
+            raise KeyError(f"'{slug}' has the role {other.role}, not {role} (`headway methods show {slug}`)")
         what = f"{role} " if role else ""
         raise KeyError(f"unknown {what}method '{slug}'{nearest(slug, rows)}")
     return rows[slug]

@@ -108,6 +108,11 @@ def check_method(role: str, section: MethodSection, total_steps: int = 1) -> Non
         if not _fits(value, hints[key]):
             raise MethodError(f"{where}.{key} must be {_name(hints[key])}, got {value!r}")
 
+    for key, parameter in inspect.signature(getattr(cls, "for_model", cls)).parameters.items():
+        given = {*section.options, *_RESERVED, "checkpoints"}  # the last one stands for the run's length
+        if parameter.default is parameter.empty and key not in given and parameter.kind != parameter.VAR_KEYWORD:
+            raise MethodError(f"{where}.{key} must be given for {section.name}")
+
     import torch
 
     toy = torch.nn.Linear(1024, 1024)  # large enough for a rank
@@ -135,7 +140,7 @@ def check_batch(section: BatchSection, workers: int) -> None:
     if schedule.needs == "chunks" and section.size < 2 * (unit // workers):
         raise MethodError(
             f"batch '{section.name}' compares micro-batches: batch.micro_batch must be at most half of batch.size "
-            f"({section.size}), got {section.micro_batch}"
+            f"({section.size}), got {section.micro_batch or 'the whole share of a worker (0)'}"
         )
 
 
