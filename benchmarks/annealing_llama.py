@@ -2,9 +2,10 @@
 
     python benchmarks/annealing_llama.py [--steps 600] [--write docs/benchmarks]
 
-A Llama of 0.3 M parameters on the source text of Python's standard library, one seed of data and weights per run; the
-validation loss is measured every 20 steps. The law is fitted to the first two runs after `--from-step` and read for
-the schedules of the others: mean and largest error over the whole curve, relative to the loss.
+A Llama of 0.3 M parameters on the source text of Python's standard library; the validation loss is measured every 20
+steps. The law is fitted to the first two runs after `--from-step` and read for the schedules of the others: mean and
+largest error over the whole curve, relative to the loss. All runs start from the same weights and see the same data,
+as the law supposes; `--seeds-differ` gives each its own, which adds what one seed differs from another.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ def main() -> None:
     options.add_argument(
         "--from-step", type=int, default=200, help="the law does not hold for a loss still on its plateau"
     )
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seeds-differ", action="store_true", help="another seed for every run")
     options.add_argument("--write", type=Path, help="folder for the figures and the picture")
     arguments = options.parse_args()
     runs = {}
-    for seed, name in enumerate(SCHEDULES):
-        runs[name] = train(name, arguments.steps, seed)
+    for number, name in enumerate(SCHEDULES):
+        runs[name] = train(name, arguments.steps, number if arguments.seeds_differ else arguments.seed)
         print(f"{name}: {runs[name].losses[-1]:.4f}", flush=True)
     shown = {}
     for name, run in runs.items():
@@ -99,7 +102,15 @@ def main() -> None:
     print(law.params_, describe())
     if arguments.write:
         arguments.write.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": describe(), "steps": arguments.steps, "errors": results, "law": law.to_dict()}
+        curves = {name: {"steps": list(run.steps), "losses": list(run.losses)} for name, run in runs.items()}
+        figures = {
+            "machine": describe(),
+            "length": arguments.steps,
+            "errors": results,
+            "law": law.params_,
+            "lam": law.lam_,
+        }
+        figures["curves"] = curves
         (arguments.write / "annealing.json").write_text(json.dumps(figures, indent=1))
         panels = [
             Panel(
